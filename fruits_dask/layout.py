@@ -1,0 +1,68 @@
+"""Names of everything in a result, in one place.
+
+The same names are used below a local folder and below an s3:// prefix.
+"""
+
+from __future__ import annotations
+
+RUN_JSON = "run.json"
+MANIFEST = "manifest.parquet"
+FEATURES = "features"
+FAILURES = "failures"
+THUMBNAILS = "report/thumbnails"
+PCA_MODEL = "pca/model.npz"
+SCORES = "pca/scores"
+SCORES_CSV = "pca/scores.csv"
+REPORT = "report.html"
+DASK_REPORT = "report/dask-performance.html"
+SUCCESS = "_SUCCESS"
+LOCKS = ".locks"
+
+# What `--overwrite` removes: the names of a result and nothing else that may lie beside them.
+# `_SUCCESS` and run.json come first, so that a removal cut short never looks like a result.
+RESULT_NAMES = (
+    SUCCESS,
+    RUN_JSON,
+    MANIFEST,
+    FEATURES,
+    FAILURES,
+    "pca",
+    "classifier",
+    REPORT,
+    "report",
+)
+
+
+def join(root: str, *names: str) -> str:
+    """Join the address of a folder and names below it.
+
+    Parameters
+    ----------
+    root : str
+        ``s3://bucket/prefix`` or a local path.
+    *names : str
+        Relative names.
+
+    Returns
+    -------
+    str
+        One address with single slashes between its parts.
+    """
+    return "/".join([root.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def part_name(index: int) -> str:
+    """Name of the Parquet file of one partition, ``part-00000.parquet``."""
+    return f"part-{index:05d}.parquet"
+
+
+def part_path(output: str, kind: str, index: int) -> str:
+    """Address of one part, such as ``OUTPUT/features/part-00000.parquet``."""
+    return join(output, kind, part_name(index))
+
+
+def part_index(name: str) -> int | None:
+    """Return the number of the partition whose part has this name, None for other files."""
+    stem = name.rsplit("/", 1)[-1].removesuffix(".parquet")
+    digits = stem.removeprefix("part-")
+    return int(digits) if stem != digits and digits.isdigit() else None
