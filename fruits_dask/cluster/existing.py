@@ -1,0 +1,68 @@
+"""Workers of a Dask cluster that somebody else runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distributed import Client
+
+from ..errors import ClusterError
+from .workers import Workers
+
+_CONNECT_SECONDS = 20
+# What must be the same on both sides: these read each other's objects or decide the features.
+_SAME = ("fruits_dask", "dask", "distributed", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
+
+
+@contextmanager
+def open_existing(address: str) -> Iterator[Workers]:
+    """Connect to a scheduler; TLS certificates come from the Dask configuration.
+
+    Parameters
+    ----------
+    address : str
+        ``tcp://host:port`` or ``tls://host:port``.
+
+    Yields
+    ------
+    Workers
+        All workers of that cluster; they stay when the block ends.
+
+    Raises
+    ------
+    ClusterError
+        If nothing answers, there is no worker, or a worker has other versions.
+    """
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
+    except (OSError, TimeoutError, ValueError, TypeError) as exc:
+        raise ClusterError(
+            f"no Dask scheduler answers at {address} within {_CONNECT_SECONDS} s ({exc}). Check "
+            "the address and the firewall; for tls:// set distributed.comm.tls in the Dask "
+            "configuration"
+        ) from exc
+    with client:
+        _check_workers(client, address)
+        n_threads = min(client.nthreads().values())
+        yield Workers(client, n_threads=n_threads)
+
+
+def _check_workers(client: Client, address: str) -> None:
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        raise ClusterError(f"the cluster at {address} has no worker; start some and run again")
+    # Reads package metadata over there; imports nothing, so it works where the package is missing.
+    found = client.get_versions(packages=list(_SAME))
+    here = found["client"]["packages"]
+    problems = [
+        f"  {worker}: {name} {answer['packages'].get(name) or 'missing'}, here {here[name]}"
+        for worker, answer in sorted(found["workers"].items())
+        for name in ("python", *_SAME)
+        if answer["packages"].get(name) != here[name]
+    ]
+    if problems:
+        raise ClusterError(
+            f"the workers at {address} do not have the packages of this machine:\n"
+            + "\n".join(problems)
+            + "\nInstall the same versions there (requirements.lock has them)"
+        )

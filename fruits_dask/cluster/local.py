@@ -1,0 +1,101 @@
+"""Worker processes of this machine."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from distributed import Client, LocalCluster
+from distributed.system import MEMORY_LIMIT
+
+from ..errors import ClusterError, ConfigError
+from .workers import Workers
+
+logger = logging.getLogger(__name__)
+
+# TensorFlow with MobileNetV2 and a chunk of images takes about 1 GB.
+_WORKER_BYTES = 1.5 * 2**30
+
+
+def default_n_workers() -> int:
+    """Choose one worker for each core, as far as the memory allows."""
+    available = min(MEMORY_LIMIT, psutil.virtual_memory().available)
+    return max(1, min(int(CPU_COUNT), int(available // _WORKER_BYTES)))
+
+
+@contextmanager
+def open_local(
+    *, n_workers: int | None, memory_limit: str | None, dashboard_address: str
+) -> Iterator[Workers]:
+    """Start worker processes on this machine, reachable from this machine only.
+
+    Parameters
+    ----------
+    n_workers : int or None
+        How many; None for one a core.
+    memory_limit : str or None
+        Memory of each, such as ``4GiB``; None for an equal share.
+    dashboard_address : str
+        ``host:port`` of the dashboard; another port is taken when this one is busy.
+
+    Yields
+    ------
+    Workers
+        Each with one thread; TensorFlow has threads of its own.
+
+    Raises
+    ------
+    ConfigError
+        If `memory_limit` is no amount of memory.
+    ClusterError
+        If the workers do not start.
+    """
+    n_workers = n_workers or default_n_workers()
+    try:
+        cluster = LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            memory_limit=_memory(memory_limit, n_workers),
+            host="127.0.0.1",
+            dashboard_address=_free_address(dashboard_address),
+            silence_logs=logging.ERROR,
+        )
+    except (OSError, RuntimeError, TimeoutError) as exc:
+        raise ClusterError(
+            f"the local cluster did not start: {exc}; try --workers 1, or another "
+            "--dashboard-address"
+        ) from exc
+    with cluster, Client(cluster) as client:
+        yield Workers(client, n_threads=max(1, CPU_COUNT // n_workers))
+
+
+def _memory(limit: str | None, n_workers: int) -> int:
+    if limit is None:
+        return int(MEMORY_LIMIT // n_workers)
+    try:
+        return int(parse_bytes(limit))
+    except ValueError as exc:
+        raise ConfigError(
+            f"--memory-limit {limit!r} is no amount of memory; expected 4GiB or 3500MB"
+        ) from exc
+
+
+def _free_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host or "127.0.0.1", int(port)))
+    except (ValueError, OverflowError) as exc:
+        raise ConfigError(
+            f"--dashboard-address {address!r} is none; expected HOST:PORT such as 127.0.0.1:8787"
+        ) from exc
+    except OSError:
+        logger.info("%s is in use; the dashboard takes a free port", address)
+        return f"{host or '127.0.0.1'}:0"
+    return f"{host or '127.0.0.1'}:{port}"

@@ -1,0 +1,319 @@
+"""One partition's unit of work: read, decode, featurize, store.
+
+This is what a Dask task runs. It is safe to repeat: the same rows give the same parts, and a part
+appears only when it is whole. The features part is written last: where it is, the partition is
+done.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import dask.bag as db
+import numpy as np
+import pyarrow as pa
+
+from . import layout
+from .decode import decode, thumbnail
+from .errors import DecodeError, NotFoundError, StorageError
+from .features import (
+    count_part,
+    metadata,
+    read_table,
+    read_vectors,
+    vector_table,
+    write_failures,
+    write_table,
+    write_thumbnails,
+)
+from .featurize import get_featurizer
+from .records import (
+    EXTRACT_OPERATIONS,
+    Failure,
+    Features,
+    FeaturizerSpec,
+    PartCount,
+    PartitionSummary,
+    Pixels,
+    RowRange,
+    StoreOptions,
+)
+from .source import read_rows
+from .storage import ReadAhead, open_store
+
+# Images that are decoded before the network sees them; bounds the pixels in memory.
+_CHUNK_IMAGES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractJob:
+    """What a worker must know to do any partition of a run."""
+
+    output: str
+    """Address of the result; its manifest lists the images."""
+    options: StoreOptions
+    """How to reach input and output."""
+    spec: FeaturizerSpec
+    """What makes the features."""
+    max_megapixels: float
+    """Larger images are failures."""
+    concurrent_reads: int
+    """Requests under way at a time."""
+    thumbnail_step: int
+    """Every n-th row of the manifest gets a thumbnail for the report."""
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Wall-clock seconds of each operation."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(EXTRACT_OPERATIONS, 0.0)
+    )
+
+    @contextmanager
+    def __call__(self, operation: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[operation] += time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of the images of a partition, as far as it is done."""
+
+    positions: list[int] = field(default_factory=list)
+    vectors: list[Features] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    jpegs: dict[str, bytes] = field(default_factory=dict)
+
+
+class Tally:
+    """Sums over the partitions of a run, while they come in.
+
+    Parameters
+    ----------
+    earlier : mapping, optional
+        Facts of an earlier run over the same images, to go on from.
+    """
+
+    def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
+        known = earlier or {}
+        self.n_images = 0
+        self.n_failures = 0
+        self._seconds: dict[str, float] = {
+            name: known.get("operations", {}).get(name, 0.0) for name in EXTRACT_OPERATIONS
+        }
+        self._peak_bytes: dict[str, int] = dict(known.get("peak_memory_bytes", {}))
+        self._start = time.perf_counter()
+
+    def add(self, summary: PartitionSummary) -> None:
+        """Take in one partition."""
+        self.n_images += summary.n_features + summary.n_failures
+        self.n_failures += summary.n_failures
+        for name, seconds in summary.seconds.items():
+            self._seconds[name] += seconds
+        peak = max(self._peak_bytes.get(summary.worker, 0), summary.peak_memory_bytes)
+        self._peak_bytes[summary.worker] = peak
+
+    def facts(self, counts: Sequence[PartCount], *, n_workers: int) -> dict[str, Any]:
+        """Sum up for run.json: `counts` are those of all stored parts."""
+        elapsed = time.perf_counter() - self._start
+        return {
+            "n_features": sum(count.n_features for count in counts),
+            "n_failures": sum(count.n_failures for count in counts),
+            "n_workers": n_workers,
+            "images_per_second": round(self.n_images / elapsed, 1),
+            "operations": {name: round(s, 3) for name, s in self._seconds.items()},
+            "peak_memory_bytes": dict(sorted(self._peak_bytes.items())),
+        }
+
+
+def _bag(items: Sequence[Any], function: Callable[[Any], object]) -> db.Bag | None:
+    """One task an item; dask.bag knows no empty bag."""
+    return db.from_sequence(items, npartitions=len(items)).map(function) if items else None
+
+
+def extraction_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None:
+    """Describe the work of many partitions as a bag; nothing is computed.
+
+    Parameters
+    ----------
+    job : ExtractJob
+        What is the same for all of them.
+    partitions : list of RowRange
+        One task each.
+
+    Returns
+    -------
+    dask.bag.Bag or None
+        Of `PartitionSummary`, one in each partition of the bag; None when there is nothing to do.
+    """
+    return _bag(partitions, lambda rows: extract_partition(job, rows))
+
+
+def retry_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None:
+    """Describe the work of `retry_partition` on many partitions as a bag."""
+    return _bag(partitions, lambda rows: retry_partition(job, rows))
+
+
+def counts_bag(output: str, options: StoreOptions, indices: list[int]) -> db.Bag | None:
+    """Describe the counting of stored parts as a bag of `PartCount`, one in each partition."""
+    return _bag(indices, lambda index: count_part(open_store(output, options), output, index))
+
+
+def extract_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
+    """Make and store the features of one partition.
+
+    Parameters
+    ----------
+    job : ExtractJob
+        What is the same for all partitions.
+    rows : RowRange
+        Which rows of the manifest.
+
+    Returns
+    -------
+    PartitionSummary
+        Counts and times; the features are in the store.
+    """
+    clock = _Clock()
+    store = open_store(job.output, job.options)
+    listed = read_rows(store, layout.join(job.output, layout.MANIFEST), rows)
+    outcome = _featurize_rows(job, listed, rows.start, clock)
+    with clock("store"):
+        _write_partition(job, rows.index, listed, outcome)
+    return _summary(rows.index, outcome, clock)
+
+
+def retry_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
+    """Try the failed images of one partition once more, and store what is then known.
+
+    Parameters
+    ----------
+    job : ExtractJob
+        What is the same for all partitions.
+    rows : RowRange
+        A partition that has both of its parts.
+
+    Returns
+    -------
+    PartitionSummary
+        Counts of the whole partition; times of this second try.
+    """
+    clock = _Clock()
+    store = open_store(job.output, job.options)
+    listed = read_rows(store, layout.join(job.output, layout.MANIFEST), rows)
+    done = read_vectors(
+        store, layout.part_path(job.output, layout.FEATURES, rows.index), "features"
+    )
+    failed = read_table(store, layout.part_path(job.output, layout.FAILURES, rows.index))
+    positions = {path: i for i, path in enumerate(listed["path"].to_pylist())}
+    again = sorted(positions[path] for path in failed["path"].to_pylist())
+    outcome = _featurize_rows(job, listed.take(again), None, clock)
+    outcome.positions = [again[i] for i in outcome.positions]
+    outcome.positions += [positions[path] for path in done.keys["path"].to_pylist()]
+    outcome.vectors.append(done.vectors)
+    with clock("store"):
+        _write_partition(job, rows.index, listed, outcome)
+    return _summary(rows.index, outcome, clock)
+
+
+def _featurize_rows(
+    job: ExtractJob, listed: pa.Table, first_row: int | None, clock: _Clock
+) -> _Outcome:
+    """Read, decode and featurize listed images; `first_row` is None when none gets a thumbnail."""
+    featurizer = get_featurizer(job.spec)
+    outcome = _Outcome()
+    decoded = _decoded(job, listed, outcome, clock)
+    while chunk := list(islice(decoded, _CHUNK_IMAGES)):
+        with clock("featurize"):
+            vectors = featurizer(np.stack([pixels for _, pixels in chunk]))
+        usable = np.asarray(np.isfinite(vectors).all(axis=1))
+        outcome.vectors.append(vectors[usable])
+        for (position, pixels), is_usable in zip(chunk, usable, strict=True):
+            path = str(listed["path"][position])
+            if not is_usable:
+                outcome.failures.append(_not_finite(path))
+                continue
+            outcome.positions.append(position)
+            if first_row is not None and (first_row + position) % job.thumbnail_step == 0:
+                outcome.jpegs[path] = thumbnail(pixels)
+    return outcome
+
+
+def _decoded(
+    job: ExtractJob, listed: pa.Table, outcome: _Outcome, clock: _Clock
+) -> Iterator[tuple[int, Pixels]]:
+    """Yield what could be read and decoded; the rest goes to the failures."""
+    paths = listed["path"].to_pylist()
+    if not paths:
+        return
+    store = open_store(paths[0], job.options)
+    with ReadAhead(store, paths, n_concurrent=job.concurrent_reads) as reads:
+        contents = iter(reads)
+        for position in range(len(paths)):
+            with clock("read"):
+                path, data = next(contents)
+            if isinstance(data, StorageError):
+                outcome.failures.append(_failure(path, "read", data))
+                continue
+            try:
+                with clock("decode"):
+                    pixels = decode(
+                        data, image_px=job.spec.image_px, max_megapixels=job.max_megapixels
+                    )
+            except DecodeError as exc:
+                outcome.failures.append(_failure(path, "decode", exc))
+            else:
+                yield position, pixels
+
+
+def _failure(path: str, stage: str, exc: Exception) -> Failure:
+    message = str(exc)
+    if isinstance(exc, NotFoundError):
+        message += "; it was there when the input was listed"
+    return Failure(path=path, stage=stage, error=type(exc).__name__, message=message)
+
+
+def _not_finite(path: str) -> Failure:
+    message = "the network gave NaN or infinite features; the weights are damaged or do not fit"
+    return Failure(path=path, stage="featurize", error="FloatingPointError", message=message)
+
+
+def _write_partition(job: ExtractJob, index: int, listed: pa.Table, outcome: _Outcome) -> None:
+    store = open_store(job.output, job.options)
+    positions = np.asarray(outcome.positions, dtype=np.int64)
+    order = np.argsort(positions)
+    none = np.empty((0, job.spec.n_features), np.float32)
+    vectors = np.concatenate([none, *outcome.vectors])[order]
+    keys = listed.take(positions[order])
+    table = vector_table(keys, vectors, "features", metadata(job.spec))
+    if outcome.jpegs:
+        write_thumbnails(store, job.output, index, outcome.jpegs)
+    failures = sorted(outcome.failures, key=lambda failure: failure.path.encode())
+    write_failures(store, job.output, index, failures)
+    write_table(store, layout.part_path(job.output, layout.FEATURES, index), table)
+
+
+def _summary(index: int, outcome: _Outcome, clock: _Clock) -> PartitionSummary:
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB except on macOS
+    return PartitionSummary(
+        index=index,
+        n_features=len(outcome.positions),
+        n_failures=len(outcome.failures),
+        seconds=clock.seconds,
+        worker=f"{platform.node()}-{os.getpid()}",
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+    )
