@@ -1,0 +1,421 @@
+"""The command line: parse, resolve, one library call, print."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import Resolved, Settings, flag_name, resolve, unknown_environment
+from .console import open_progress, set_up_logging
+from .errors import ConfigError, FruitsDaskError
+from .records import OPERATIONS, STAGES
+
+if TYPE_CHECKING:
+    from .pipeline import Outcome
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn a bucket of fruit photos into features, a PCA table and a report, on Dask.\n\n"
+    "Without --input, [bold]run[/] works on generated sample photos, to show what comes out.",
+)
+
+
+class Exit(IntEnum):
+    """Exit codes."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    MANY_FAILURES = 3
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What the command line says beside the settings."""
+
+    flags: dict[str, object]
+    """Settings that were given, by name; None for those that were not."""
+    config: Path | None
+    """A TOML file."""
+    verbose: int
+    """How often -v was given."""
+    extras: dict[str, Any]
+    """Options of one command only."""
+
+
+_STORE = ("endpoint_url", "profile", "anonymous", "requester_pays", "allowed_regions")
+_CLUSTER = ("cluster", "workers", "memory_limit", "dashboard_address")
+_FEATURES = (
+    *("input", "output", "weights", "backbone", "engine"),
+    *("limit", "partition_size", "concurrent_reads", "max_megapixels"),
+)
+
+
+def _extra(name: str, annotation: object, default: object) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+_OVERWRITE = _extra(
+    "overwrite",
+    Annotated[bool, typer.Option("--overwrite", help="Replace the result that is there")],
+    False,
+)
+_DRY_RUN = _extra(
+    "dry_run",
+    Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and their origins, do nothing")
+    ],
+    False,
+)
+_DESTINATION = _extra(
+    "destination",
+    Annotated[str, typer.Argument(help="Folder or s3:// prefix", show_default=False)],
+    inspect.Parameter.empty,
+)
+_PER_LABEL = _extra(
+    "per_label", Annotated[int, typer.Option("--per-label", min=1, help="Photos of each fruit")], 40
+)
+_COMMON = (
+    _extra(
+        "config",
+        Annotated[Path | None, typer.Option("--config", help="TOML file with settings")],
+        None,
+    ),
+    _extra(
+        "verbose",
+        Annotated[
+            int,
+            typer.Option(
+                "--verbose",
+                "-v",
+                count=True,
+                help="Say more; -vv with tracebacks",
+                metavar="",
+                show_default=False,
+            ),
+        ],
+        0,
+    ),
+)
+
+
+def _command(
+    *names: str, extras: tuple[inspect.Parameter, ...] = ()
+) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
+    """Register a function as a command whose flags are settings of these names.
+
+    Name, type and help of a flag come from `Settings`, so there is one place where they are kept.
+    `extras` are parameters of this command alone.
+    """
+
+    def register(function: Callable[[Call], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:  # noqa: ANN401
+            flags = {name: given.pop(name) for name in names}
+            config, verbose = given.pop("config"), given.pop("verbose")
+            call = Call(flags=flags, config=config, verbose=verbose, extras=given)
+            with _reporting(verbose):
+                function(call)
+
+        parameters = [*extras, *(_extra(name, _option(name), None) for name in names), *_COMMON]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        name = function.__name__.replace("_", "-")
+        return app.command(name, help=inspect.getdoc(function))(command)
+
+    return register
+
+
+def _option(name: str) -> object:
+    field = Settings.model_fields[name]
+    shown = field.default if field.default not in (None, False) else None
+    text = (field.description or "") + (f" (default: {shown})" if shown is not None else "")
+    if field.annotation is bool:
+        return Annotated[bool | None, typer.Option(flag_name(name), help=text, show_default=False)]
+    metavar = "N" if isinstance(shown, int | float) else name.rpartition("_")[2].upper()
+    return Annotated[
+        str | None,
+        typer.Option(flag_name(name), help=text, metavar=metavar, show_default=False),
+    ]
+
+
+@contextmanager
+def _reporting(verbose: int) -> Iterator[None]:
+    """Turn what goes wrong into one message and an exit code."""
+    console = _stderr()
+    set_up_logging(console, verbose)
+    _warn_of_environment(console)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except ConfigError as exc:
+        _fail(console, exc, verbose, Exit.USAGE)
+    except FruitsDaskError as exc:
+        _fail(console, exc, verbose, Exit.FAILED)
+    except KeyboardInterrupt:
+        console.print("stopped; what is stored stays, the same command goes on from there")
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    except Exception as exc:
+        if isinstance(exc, typer.Exit) or verbose > 1:
+            raise
+        text = f"unexpected {type(exc).__name__}: {exc}\n-vv shows where; please report it"
+        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(Exit.FAILED) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(console: Console, exc: FruitsDaskError, verbose: int, code: Exit) -> None:
+    if verbose > 1:
+        console.print_exception()
+    console.print(f"error: {exc}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _warn_of_environment(console: Console) -> None:
+    for name, near in unknown_environment().items():
+        hint = f"; did you mean {near}?" if near else ""
+        console.print(f"warning: {name} is no setting and is ignored{hint}", markup=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _resolve(call: Call, *, stored: bool = False) -> Resolved:
+    """Resolve the settings; those of a result that is there come in when `stored`."""
+    resolved = resolve(call.flags, config_file=call.config)
+    if not stored:
+        return resolved
+    from .results import read_record  # noqa: PLC0415 - pyarrow is not needed for help
+    from .storage import normalize, open_store  # noqa: PLC0415
+
+    settings = resolved.settings
+    output = normalize(settings.output)
+    record = read_record(open_store(output, settings.store_options), output)
+    if record is None:
+        raise ConfigError(f"there is no result in {output}; `run` or `plan` makes one")
+    return resolve(call.flags, config_file=call.config, stored=record["settings"])
+
+
+@_command(
+    *_FEATURES,
+    "components",
+    *_CLUSTER,
+    "max_failed_share",
+    *_STORE,
+    extras=(_OVERWRITE, _DRY_RUN),
+)
+def run(call: Call) -> None:
+    """Do the whole job: list, make features, reduce, report; resume what was cut short."""
+    resolved = _resolve(call)
+    if call.extras["dry_run"]:
+        _print_settings(resolved)
+        return
+    from . import pipeline  # noqa: PLC0415 - dask and pyarrow take a second to import
+
+    progress = open_progress(_stderr())
+    outcome = pipeline.run(resolved.settings, overwrite=call.extras["overwrite"], progress=progress)
+    _conclude(outcome, resolved.settings)
+
+
+@_command(*_FEATURES, "components", *_STORE, extras=(_OVERWRITE,))
+def plan(call: Call) -> None:
+    """List the photos and print how the work will be cut; no photo is read."""
+    from . import pipeline  # noqa: PLC0415
+
+    outcome = pipeline.plan(
+        _resolve(call).settings,
+        overwrite=call.extras["overwrite"],
+        progress=open_progress(_stderr()),
+    )
+    _print_plan(outcome)
+
+
+@_command(*_FEATURES, *_CLUSTER, "max_failed_share", *_STORE, extras=(_OVERWRITE,))
+def extract(call: Call) -> None:
+    """Make the features, after the plan if there is none."""
+    from . import pipeline  # noqa: PLC0415
+
+    settings = _resolve(call).settings
+    progress = open_progress(_stderr())
+    outcome = pipeline.extract(settings, overwrite=call.extras["overwrite"], progress=progress)
+    _conclude(outcome, settings)
+
+
+@_command("output", "components", *_CLUSTER, *_STORE)
+def reduce(call: Call) -> None:
+    """Fit the PCA on the stored features and write the scores; --components may be new."""
+    from . import pipeline  # noqa: PLC0415
+
+    settings = _resolve(call, stored=True).settings
+    _conclude(pipeline.reduce(settings, progress=open_progress(_stderr())), settings)
+
+
+@_command("output", *_STORE)
+def report(call: Call) -> None:
+    """Write report.html anew from what is stored."""
+    from . import pipeline  # noqa: PLC0415
+
+    settings = _resolve(call, stored=True).settings
+    _conclude(pipeline.report(settings, progress=open_progress(_stderr())), settings)
+
+
+@_command("output", *_CLUSTER, "max_failed_share", *_STORE)
+def retry_failed(call: Call) -> None:
+    """Try the failed photos again, and do anew what depends on them."""
+    from . import pipeline  # noqa: PLC0415
+
+    settings = _resolve(call, stored=True).settings
+    _conclude(pipeline.retry_failed(settings, progress=open_progress(_stderr())), settings)
+
+
+@_command(*_STORE, extras=(_DESTINATION, _PER_LABEL))
+def sample(call: Call) -> None:
+    """Write generated photos in the shape of Fruits-360, to try things on."""
+    from . import demo  # noqa: PLC0415
+    from .sample import n_sample_images  # noqa: PLC0415
+
+    options = _resolve(call).settings.store_options
+    destination, per_label = call.extras["destination"], call.extras["per_label"]
+    progress = open_progress(_stderr())
+    progress.start("sample", total=n_sample_images(n_per_label=per_label), unit="photos")
+    n_images = demo.write_sample(
+        destination, options, n_per_label=per_label, on_written=progress.update
+    )
+    progress.finish()
+    typer.echo(f"{n_images:,} photos in {destination}")
+
+
+@_command(*_FEATURES, *_CLUSTER, *_STORE)
+def doctor(call: Call) -> None:
+    """Look for what would go wrong in a run, and say what to do about it."""
+    from .doctor import examine  # noqa: PLC0415
+
+    findings = list(examine(_resolve(call).settings))
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.is_good else "[red]FAIL[/]"
+        console.print(f"{mark} [bold]{finding.subject:10}[/]", end=" ")
+        console.print(finding.message, markup=False)
+    n_bad = sum(not finding.is_good for finding in findings)
+    typer.echo(f"{n_bad} problems" if n_bad else "nothing stands in the way of a run")
+    if n_bad:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _version(shown: bool) -> None:  # noqa: FBT001 - typer calls it this way
+    if shown:
+        typer.echo(f"fruits_dask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version"),
+    ] = False,
+) -> None:
+    pass
+
+
+def _print_settings(resolved: Resolved) -> None:
+    for name, value in resolved.settings.model_dump().items():
+        typer.echo(f"{name} = {json.dumps(value)}  # {resolved.origins[name]}")
+
+
+def _print_plan(outcome: Outcome) -> None:
+    facts = outcome.record["stages"]["plan"]
+    splits = ", ".join(f"{name} {count:,}" for name, count in facts["splits"].items())
+    _print_pairs(
+        {
+            "manifest": f"{outcome.output}/manifest.parquet"
+            + (" (was there before)" if outcome.did_nothing else ""),
+            "images": f"{facts['n_images']:,}, {facts['n_bytes'] / 1e6:,.1f} MB",
+            "labels": f"{len(facts['labels']):,}",
+            "splits": splits or "none",
+            "partitions": f"{facts['n_partitions']:,} of {facts['partition_size']:,} images",
+        }
+    )
+
+
+def _conclude(outcome: Outcome, settings: Settings) -> None:
+    """Print what came out, and choose the exit code."""
+    _print_pairs(_summary(outcome))
+    if not outcome.did_nothing:
+        _print_durations(outcome)
+    if outcome.failed_share > settings.max_failed_share:
+        typer.echo(
+            f"{outcome.failed_share:.1%} of the photos failed, more than --max-failed-share "
+            f"{settings.max_failed_share:.1%}; see the report, then `retry-failed`",
+            err=True,
+        )
+        raise typer.Exit(Exit.MANY_FAILURES)
+
+
+def _summary(outcome: Outcome) -> dict[str, str]:
+    stages = outcome.record["stages"]
+    pairs = {"result": outcome.output}
+    if outcome.did_nothing:
+        pairs["status"] = "was complete before; nothing to do"
+    pairs["images"] = f"{outcome.n_features:,} with features, {outcome.n_failures:,} failures"
+    if "extract" in stages:
+        pairs["speed"] = f"{stages['extract']['images_per_second']:,} images/s"
+        peaks = stages["extract"]["peak_memory_bytes"].values()
+        pairs["memory"] = f"{max(peaks, default=0) / 2**20:,.0f} MiB at most in a worker"
+    if "reduce" in stages:
+        facts = stages["reduce"]
+        kept = facts["explained_variance_ratio"]
+        pairs["pca"] = f"{facts['n_components']} components keep {kept:.2%} of the variance"
+    if "report" in stages:
+        pairs["report"] = f"{outcome.output}/report.html"
+    return pairs
+
+
+def _print_pairs(pairs: dict[str, str]) -> None:
+    for name, value in pairs.items():
+        typer.echo(f"{name:10} {value}")
+
+
+def _print_durations(outcome: Outcome) -> None:
+    table = Table("operation", box=None, title="duration", title_justify="left")
+    table.add_column("seconds", justify="right")
+    stages = outcome.record["stages"]
+    for stage in (name for name in STAGES if name in stages):
+        facts = stages[stage]
+        table.add_row(stage, f"{facts['seconds']:.1f}")
+        for name in (name for name in OPERATIONS if name in facts.get("operations", {})):
+            seconds = facts["operations"][name]
+            summed = " (over all workers)" if stage == "extract" else ""
+            table.add_row(f"  {name}{summed}", f"{seconds:.1f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="fruits_dask", windows_expand_args=False)

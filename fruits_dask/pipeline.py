@@ -1,0 +1,398 @@
+"""The wiring of a run: stage after stage over one output. No logic of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import layout
+from .cluster import Workers, check_cluster_name, open_cluster
+from .config import Settings
+from .errors import ConfigError, InputError, ResultError
+from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
+from .features import part_indices, read_table
+from .partition import partition_rows, partition_size
+from .progress import Progress, Silent
+from .records import PartCount, RowRange
+from .reduce import PcaModel, fit_pca, read_model, scores_bag, write_model
+from .report import write_report
+from .results import write_scores_csv, write_success
+from .sample import n_sample_images
+from .source import write_manifest
+from .storage import is_s3, open_store
+from .workspace import SAMPLE_ADDRESS, Workspace, find_finished, open_workspace
+
+if TYPE_CHECKING:
+    import dask.bag as db
+
+# Photos in the report: enough for a picture of the whole, few enough for a page of some megabytes.
+_REPORT_IMAGES = 1500
+# A second pass mends what a killed run left between two writes; no third is ever needed.
+_EXTRACT_PASSES = 2
+_SILENT = Silent()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command came to."""
+
+    output: str
+    """Address of the result."""
+    record: dict[str, Any]
+    """Content of run.json."""
+    did_nothing: bool = False
+    """Everything was there before."""
+
+    @property
+    def n_features(self) -> int:
+        """Images with features."""
+        return int(self.record["stages"].get("extract", {}).get("n_features", 0))
+
+    @property
+    def n_failures(self) -> int:
+        """Images without features."""
+        return int(self.record["stages"].get("extract", {}).get("n_failures", 0))
+
+    @property
+    def failed_share(self) -> float:
+        """Share of the images that have no features."""
+        return self.n_failures / max(self.n_features + self.n_failures, 1)
+
+
+def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT) -> Outcome:
+    """Do the whole job, or what is left of it.
+
+    Parameters
+    ----------
+    settings : Settings
+        As resolved.
+    overwrite : bool
+        Replace the result that is there.
+    progress : Progress
+        Who listens.
+
+    Returns
+    -------
+    Outcome
+        Counts, and the content of run.json.
+
+    Raises
+    ------
+    FruitsDaskError
+        With a message that says what to do. What was stored stays; the next run resumes it.
+    """
+    check_cluster_name(settings.cluster)
+    if not overwrite and (finished := find_finished(settings, progress)):
+        return Outcome(output=finished.output, record=finished.record, did_nothing=True)
+    with (
+        _photos(settings, progress) as ready,
+        open_workspace(ready, progress, overwrite=overwrite) as space,
+    ):
+        _plan(space)
+        if "reduce" not in space.stages:
+            with _workers(space) as workers:
+                _extract(space, workers)
+                _reduce(space, workers)
+        _report(space)
+        return Outcome(output=space.output, record=space.record)
+
+
+def plan(settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT) -> Outcome:
+    """List the input and store the manifest; read no image. See `run` for the parameters."""
+    with (
+        _photos(settings, progress) as ready,
+        open_workspace(ready, progress, overwrite=overwrite) as space,
+    ):
+        done = _plan(space)
+        return Outcome(output=space.output, record=space.record, did_nothing=not done)
+
+
+def extract(
+    settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT
+) -> Outcome:
+    """Make the features, after the plan if there is none. See `run` for the parameters."""
+    check_cluster_name(settings.cluster)
+    with (
+        _photos(settings, progress) as ready,
+        open_workspace(ready, progress, overwrite=overwrite) as space,
+    ):
+        _plan(space)
+        if "extract" in space.stages:
+            return Outcome(output=space.output, record=space.record, did_nothing=True)
+        with _workers(space) as workers:
+            _extract(space, workers)
+        return Outcome(output=space.output, record=space.record)
+
+
+def reduce(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
+    """Fit the PCA on stored features and project them; `components` may be new.
+
+    See `run` for the parameters.
+
+    Raises
+    ------
+    ResultError
+        If the features are not complete.
+    """
+    check_cluster_name(settings.cluster)
+    with open_workspace(settings, progress, may_change=("components",)) as space:
+        space.require("extract")
+        if "reduce" in space.stages:
+            return Outcome(output=space.output, record=space.record, did_nothing=True)
+        with _workers(space) as workers:
+            _reduce(space, workers)
+        return Outcome(output=space.output, record=space.record)
+
+
+def report(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
+    """Write report.html anew from what is stored. See `run` for the parameters.
+
+    Raises
+    ------
+    ResultError
+        If there are no scores.
+    """
+    with open_workspace(settings, progress) as space:
+        space.require("reduce")
+        space.stages.pop("report", None)
+        _report(space)
+        return Outcome(output=space.output, record=space.record)
+
+
+def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
+    """Try the images in failures/ again, then do anew what depends on them.
+
+    See `run` for the parameters.
+
+    Raises
+    ------
+    ResultError
+        If the features are not complete.
+    """
+    check_cluster_name(settings.cluster)
+    with _photos(settings, progress) as ready, open_workspace(ready, progress) as space:
+        space.require("extract")
+        if space.stages["extract"]["n_failures"] == 0:
+            return Outcome(output=space.output, record=space.record, did_nothing=True)
+        with _workers(space) as workers:
+            _retry(space, workers)
+            _reduce(space, workers)
+        _report(space)
+        return Outcome(output=space.output, record=space.record)
+
+
+@contextmanager
+def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
+    """Yield settings whose photos can be read: without `input`, those of the embedded server."""
+    if settings.input is not None:
+        yield settings
+        return
+    if is_s3(settings.output) or settings.cluster != "local":
+        raise ConfigError(
+            "the sample photos are on this machine only: give --input, or leave out --cluster and "
+            "an --output on s3://. `sample s3://BUCKET/PREFIX` stores them where a cluster reads "
+            "them"
+        )
+    from . import demo  # noqa: PLC0415 - moto is an extra
+
+    with demo.embedded_server() as endpoint_url:
+        progress.start("sample", total=n_sample_images(), unit="photos")
+        options = demo.embedded_options(endpoint_url)
+        demo.write_sample(SAMPLE_ADDRESS, options, on_written=progress.update)
+        progress.finish(f"generated into {SAMPLE_ADDRESS}, an S3 server inside this process")
+        yield settings.model_copy(update={"endpoint_url": endpoint_url, "anonymous": True})
+
+
+@contextmanager
+def _workers(space: Workspace) -> Iterator[Workers]:
+    """Open the cluster, and keep what its scheduler saw."""
+    space.progress.say("starting workers")
+    with open_cluster(space.settings) as workers:
+        space.progress.say(f"{workers.n_workers} workers, Dask dashboard: {workers.dashboard_url}")
+        target = space.path(layout.DASK_REPORT)
+        with workers.performance_report(lambda html: space.store.upload(html, target)):
+            yield workers
+
+
+def _plan(space: Workspace) -> bool:
+    if "plan" in space.stages and space.has(layout.MANIFEST):
+        return False
+    with space.stage("plan") as facts:
+        space.progress.start("plan", total=None, unit="images")
+        info = write_manifest(
+            open_store(space.input, space.settings.store_options),
+            space.input,
+            space.store,
+            space.path(layout.MANIFEST),
+            limit=space.settings.limit,
+            on_listed=space.progress.update,
+        )
+        facts.update(asdict(info))
+        facts["partition_size"] = space.settings.partition_size or partition_size(info.n_images)
+        facts["n_partitions"] = -(-info.n_images // facts["partition_size"])
+        space.progress.finish(f"{info.n_images:,} images, {len(info.labels)} labels")
+    return True
+
+
+def _partitions(space: Workspace) -> list[RowRange]:
+    planned = space.stages["plan"]
+    return partition_rows(planned["n_images"], planned["partition_size"])
+
+
+def _extract_job(space: Workspace, workers: Workers) -> ExtractJob:
+    spec = space.weights.spec(engine=space.settings.engine, n_threads=workers.n_threads)
+    workers.deliver(spec, space.weights.data)
+    return ExtractJob(
+        output=space.output,
+        options=space.settings.store_options,
+        spec=spec,
+        max_megapixels=space.settings.max_megapixels,
+        concurrent_reads=space.settings.concurrent_reads,
+        thumbnail_step=-(-space.stages["plan"]["n_images"] // _REPORT_IMAGES),
+    )
+
+
+def _extract(space: Workspace, workers: Workers) -> None:
+    if "extract" in space.stages:
+        return
+    partitions = _partitions(space)
+    stored = set(part_indices(space.store, space.output, layout.FEATURES))
+    todo = [rows for rows in partitions if rows.index not in stored]
+    job = _extract_job(space, workers)
+    with space.stage("extract") as facts:
+        tally = Tally()
+        n_images = space.stages["plan"]["n_images"]
+        done = n_images - sum(rows.stop - rows.start for rows in todo)
+        space.progress.start("extract", total=n_images, unit="images", done=done)
+        for _ in range(_EXTRACT_PASSES):
+            _follow(space, workers, extraction_bag(job, todo), tally, done=done)
+            counts = _count(space, workers)
+            todo = _incomplete(partitions, counts)
+            if not todo:
+                break
+        else:
+            raise ResultError(f"the parts of {space.output} change while they are written")
+        facts.update(tally.facts(counts, n_workers=workers.n_workers))
+        space.progress.finish(_found(facts))
+    _check_usable(space)
+
+
+def _retry(space: Workspace, workers: Workers) -> None:
+    counts = {count.index: count for count in _count(space, workers)}
+    todo = [rows for rows in _partitions(space) if counts[rows.index].n_failures]
+    n_failed = sum(count.n_failures for count in counts.values())
+    job = _extract_job(space, workers)
+    space.forget_reduction()
+    earlier = space.stages.pop("extract")  # if this is cut short, `run` looks at the parts again
+    space.save()
+    with space.stage("extract", spent_seconds=earlier["seconds"]) as facts:
+        tally = Tally(earlier)
+        space.progress.start("retry", total=n_failed, unit="images")
+        _follow(space, workers, retry_bag(job, todo), tally)
+        facts.update(tally.facts(_count(space, workers), n_workers=workers.n_workers))
+        space.progress.finish(_found(facts))
+
+
+def _follow(
+    space: Workspace, workers: Workers, bag: db.Bag | None, tally: Tally, *, done: int = 0
+) -> None:
+    """Run the tasks of a bag and tell how far they are."""
+    for summary in workers.run(bag):
+        tally.add(summary)
+        space.progress.update(done + tally.n_images, n_failures=tally.n_failures)
+
+
+def _count(space: Workspace, workers: Workers) -> list[PartCount]:
+    """Count the rows of all stored parts."""
+    indices = part_indices(space.store, space.output, layout.FEATURES)
+    found: Iterator[PartCount] = workers.run(
+        counts_bag(space.output, space.settings.store_options, indices)
+    )
+    return sorted(found, key=lambda count: count.index)
+
+
+def _incomplete(partitions: list[RowRange], counts: list[PartCount]) -> list[RowRange]:
+    """Find partitions whose stored rows do not add up: a kill came between their two parts."""
+    stored = {count.index: count.n_features + count.n_failures for count in counts}
+    return [rows for rows in partitions if stored.get(rows.index) != rows.stop - rows.start]
+
+
+def _found(facts: dict[str, Any]) -> str:
+    return f"{facts['n_features']:,} images with features, {facts['n_failures']:,} failures"
+
+
+def _check_usable(space: Workspace) -> None:
+    """Stop when there is not one feature, with the reason that most images share."""
+    if space.stages["extract"]["n_features"]:
+        return
+    index = part_indices(space.store, space.output, layout.FAILURES)[0]
+    path = layout.part_path(space.output, layout.FAILURES, index)
+    first = read_table(space.store, path).to_pylist()[0]
+    raise InputError(
+        f"none of the {space.stages['extract']['n_failures']:,} images could be used. The first, "
+        f"at stage {first['stage']}: {first['error']}: {first['message']}. All are in "
+        f"{space.path(layout.FAILURES)}; mend the cause and use `retry-failed`"
+    )
+
+
+def _reduce(space: Workspace, workers: Workers) -> None:
+    if "reduce" in space.stages:
+        return
+    with space.stage("reduce") as facts:
+        start = time.perf_counter()
+        model = _fit(space, workers)
+        fitted = time.perf_counter()
+        _write_scores(space, workers)
+        scored = time.perf_counter()
+        indices = part_indices(space.store, space.output, layout.SCORES)
+        write_scores_csv(space.store, space.output, indices)
+        facts["operations"] = {
+            "fit": round(fitted - start, 3),
+            "scores": round(scored - fitted, 3),
+            "csv": round(time.perf_counter() - scored, 3),
+        }
+        facts["n_components"] = len(model.components)
+        facts["n_samples"] = model.n_samples
+        facts["explained_variance_ratio"] = float(model.explained_variance_ratio.sum())
+        space.progress.finish(
+            f"{facts['n_components']} components keep {facts['explained_variance_ratio']:.2%} of "
+            f"the variance of {model.n_samples:,} images"
+        )
+
+
+def _fit(space: Workspace, workers: Workers) -> PcaModel:
+    if space.has(layout.PCA_MODEL):
+        return read_model(space.store, space.output)
+    space.progress.start("reduce", total=None, unit="batches")
+    model = fit_pca(
+        space.output,
+        space.settings.store_options,
+        _count(space, workers),
+        components=space.settings.components,
+        on_batch=space.progress.update,
+    )
+    write_model(space.store, space.output, model)
+    space.progress.finish()
+    return model
+
+
+def _write_scores(space: Workspace, workers: Workers) -> None:
+    stored = set(part_indices(space.store, space.output, layout.SCORES))
+    indices = part_indices(space.store, space.output, layout.FEATURES)
+    todo = [index for index in indices if index not in stored]
+    space.progress.start("scores", total=len(indices), unit="parts", done=len(stored))
+    bag = scores_bag(space.output, space.settings.store_options, todo)
+    for done, _ in enumerate(workers.run(bag), start=len(stored) + 1):
+        space.progress.update(done)
+
+
+def _report(space: Workspace) -> None:
+    if "report" not in space.stages:
+        with space.stage("report"):
+            space.progress.start("report", total=None, unit="")
+            write_report(space.store, space.output)
+            space.progress.finish(space.path(layout.REPORT))
+    write_success(space.store, space.output)

@@ -1,0 +1,217 @@
+"""A result as a whole: what it was made from, if it may be written, and when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from . import __version__, layout
+from .errors import NotFoundError, OutputExistsError, ResultError
+from .features import to_json
+from .records import FORMAT_VERSION
+from .reduce import iterate_scores
+from .storage import Store, is_temporary
+
+_VERSIONED = (
+    "fruits_dask",
+    "dask",
+    "distributed",
+    "dask-ml",
+    "tensorflow",
+    "keras",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "s3fs",
+    "scikit-learn",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What decides the tables of a result. Two runs with equal identities give equal tables."""
+
+    values: dict[str, Any]
+    """Name -> value, JSON types only."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the values, hexadecimal."""
+        canonical = json.dumps(self.values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_record(store: Store, output: str) -> dict[str, Any] | None:
+    """Read ``run.json``.
+
+    Parameters
+    ----------
+    store : Store
+        Where the result is.
+    output : str
+        Its address.
+
+    Returns
+    -------
+    dict or None
+        Its content; None when there is none.
+
+    Raises
+    ------
+    ResultError
+        If it is damaged, or of a newer format than this version knows.
+    """
+    path = layout.join(output, layout.RUN_JSON)
+    try:
+        found = json.loads(store.read(path))
+    except NotFoundError:
+        return None
+    except ValueError as exc:
+        raise ResultError(f"{path} is damaged ({exc}); start anew with --overwrite") from exc
+    if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
+        raise ResultError(
+            f"{path} is not of format {FORMAT_VERSION}, which this version ({__version__}) writes; "
+            "use the version that made it, or --overwrite"
+        )
+    return found
+
+
+def write_record(store: Store, output: str, record: Mapping[str, Any]) -> None:
+    """Write ``run.json``."""
+    store.write(layout.join(output, layout.RUN_JSON), to_json(record))
+
+
+def new_record(identity: Identity) -> dict[str, Any]:
+    """Return the content of ``run.json`` at the start of a run.
+
+    Parameters
+    ----------
+    identity : Identity
+        What decides the tables.
+
+    Returns
+    -------
+    dict
+        With empty records of stages, to be filled while the run goes on.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": identity.fingerprint,
+        "identity": identity.values,
+        "versions": dict(_versions()),
+        "stages": {},
+    }
+
+
+def check_same(found: Mapping[str, Any], identity: Identity, output: str) -> None:
+    """Refuse to resume a result that was made in another way.
+
+    Raises
+    ------
+    OutputExistsError
+        If the fingerprints differ; the message names every difference.
+    """
+    if found.get("fingerprint") == identity.fingerprint:
+        return
+    old = found.get("identity", {})
+    differences = [
+        f"  {name}: there {old.get(name)!r}, now {identity.values.get(name)!r}"
+        for name in sorted({*old, *identity.values})
+        if old.get(name) != identity.values.get(name)
+    ]
+    raise OutputExistsError(
+        f"{output} holds a result of other settings:\n"
+        + "\n".join(differences)
+        + "\nUse the settings that are there to resume it, give another --output, or --overwrite "
+        "to replace it. (`reduce` changes the components alone, without new features)"
+    )
+
+
+def check_ours(store: Store, output: str) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises
+    ------
+    OutputExistsError
+        If there are files whose names are not those of a result.
+    """
+    ours = {*layout.RESULT_NAMES, layout.LOCKS}
+    strange = sorted(
+        {
+            item.name
+            for item in store.list_folder(output)
+            if item.name.split("/")[0] not in ours and not is_temporary(item.name)
+        }
+    )
+    if strange:
+        raise OutputExistsError(
+            f"{output} holds {len(strange)} files that are not of fruits_dask, such as "
+            f"{strange[0]}; give an --output of its own"
+        )
+
+
+def remove_result(store: Store, output: str) -> None:
+    """Remove everything of a result and nothing else."""
+    for name in layout.RESULT_NAMES:
+        store.remove(layout.join(output, name))
+
+
+def remove_temporaries(store: Store, output: str) -> None:
+    """Remove what local writes of a killed run left behind."""
+    for item in store.list_folder(output):
+        if is_temporary(item.name) and not item.name.startswith(layout.LOCKS):
+            store.remove(layout.join(output, item.name))
+
+
+def is_complete(store: Store, output: str) -> bool:
+    """Tell whether the result is finished."""
+    return store.exists(layout.join(output, layout.SUCCESS))
+
+
+def write_success(store: Store, output: str) -> None:
+    """Mark the result as complete; nothing is written after this."""
+    store.write(layout.join(output, layout.SUCCESS), b"")
+
+
+def write_scores_csv(store: Store, output: str, indices: list[int]) -> None:
+    """Join all stored scores to ``pca/scores.csv``.
+
+    Parameters
+    ----------
+    store : Store
+        Where the result is.
+    output : str
+        Its address.
+    indices : list of int
+        Numbers of the parts, in the order of the rows.
+    """
+    with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
+        target = Path(folder, "scores.csv")
+        _write_csv(target, iterate_scores(store, output, indices))
+        store.upload(target, layout.join(output, layout.SCORES_CSV))
+
+
+def _write_csv(target: Path, tables: Iterator[pa.Table]) -> None:
+    first = next(tables)
+    with pa_csv.CSVWriter(target, first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _VERSIONED:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
