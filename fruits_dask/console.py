@@ -58,12 +58,16 @@ def set_up_logging(console: Console, verbosity: int) -> None:
 
 
 class _Meter:
-    """Speed and rest of the running stage, from what was done since it began."""
+    """Speed and rest of the running stage.
 
-    def __init__(self, total: int | None, done: int) -> None:
+    The speed counts from the first sign of progress, because the first images wait for workers and
+    for TensorFlow, which says nothing about the rest.
+    """
+
+    def __init__(self, total: int | None) -> None:
         self._total = total
-        self._first = done
         self._start = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -71,9 +75,10 @@ class _Meter:
 
     def speed(self, done: int) -> float | None:
         """Units a second, or None while it is too early to say."""
-        if self.seconds < _MIN_SECONDS or done <= self._first:
-            return None
-        return (done - self._first) / self.seconds
+        if self._first is None:
+            self._first = (done, time.monotonic())
+        n_units, seconds = done - self._first[0], time.monotonic() - self._first[1]
+        return n_units / seconds if n_units and seconds > _MIN_SECONDS else None
 
     def rest_seconds(self, done: int) -> float | None:
         """Seconds that are left at this speed, or None."""
@@ -84,7 +89,7 @@ class _Meter:
 def _describe(unit: str, speed: float | None, n_failures: int) -> str:
     words = []
     if speed is not None and unit:
-        words.append(f"{speed:,.0f} {unit}/s" if speed >= 1 else f"{1 / speed:,.1f} s/{unit}")
+        words.append(f"{speed:,.0f} {unit}/s" if speed >= 1 else f"{speed:,.2f} {unit}/s")
     if n_failures:
         words.append(f"{n_failures:,} failed")
     return ", ".join(words)
@@ -104,12 +109,12 @@ class LiveProgress:
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
         self._stage = self._unit = ""
-        self._meter = _Meter(None, 0)
+        self._meter = _Meter(None)
 
     def start(self, stage: str, *, total: int | None, unit: str, done: int = 0) -> None:
         """Show a bar for a stage."""
         self._close()
-        self._stage, self._unit, self._meter = stage, unit, _Meter(total, done)
+        self._stage, self._unit, self._meter = stage, unit, _Meter(total)
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description:8}"),
@@ -166,13 +171,13 @@ class LineProgress:
         self._console = console
         self._stage = self._unit = ""
         self._total: int | None = None
-        self._meter = _Meter(None, 0)
+        self._meter = _Meter(None)
         self._last_line = 0.0
 
     def start(self, stage: str, *, total: int | None, unit: str, done: int = 0) -> None:
         """Print that a stage begins."""
         self._stage, self._unit, self._total = stage, unit, total
-        self._meter, self._last_line = _Meter(total, done), time.monotonic()
+        self._meter, self._last_line = _Meter(total), time.monotonic()
         before = f", {done:,} done before" if done else ""
         amount = f": {total:,} {unit}{before}" if total is not None else ""
         self.say(f"{stage}{amount}")
@@ -183,10 +188,13 @@ class LineProgress:
             return
         self._last_line = time.monotonic()
         of = f" of {self._total:,}" if self._total else ""
-        note = _describe(self._unit, self._meter.speed(done), n_failures)
         rest = self._meter.rest_seconds(done)
-        left = f", {rest:,.0f} s left" if rest is not None else ""
-        self.say(f"{self._stage}: {done:,}{of} {self._unit}, {note}{left}")
+        words = [
+            f"{self._stage}: {done:,}{of} {self._unit}",
+            _describe(self._unit, self._meter.speed(done), n_failures),
+            f"{rest:,.0f} s left" if rest is not None else "",
+        ]
+        self.say(", ".join(word for word in words if word))
 
     def finish(self, note: str = "") -> None:
         """Print that the stage is complete."""

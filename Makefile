@@ -1,0 +1,47 @@
+# `make` lists the targets. Everything is installed into .venv; nothing else on the machine changes,
+# except that `make test` installs Chromium and npm with apt-get where it may.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup run check lint test test-tools lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## make .venv with the locked versions
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fruits_dask needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "setting up $(VENV): some 800 MB to download, one to three minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: setup ## the main job on generated sample photos; result in fruits-output/
+	$(BIN)/python -m fruits_dask run
+
+check: lint ## what every commit must pass: lint, types, fast tests (under 2 minutes)
+	$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint test-tools ## lint, types and all tests
+	$(BIN)/python -m pytest
+
+test-tools: setup
+	tools/install-test-tools
+
+lock: setup ## resolve requirements.lock anew
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
+		--output-file requirements.lock
+
+clean: ## remove what was made, except .venv
+	rm -rf fruits-output dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
