@@ -91,9 +91,14 @@ class Settings(BaseSettings):
     @field_validator("components", mode="before")
     @classmethod
     def _number_or_share(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return float(value) if "." in value else int(value)
+        try:
+            text = str(value)
+            number = float(text) if "." in text else int(text)
+        except (TypeError, ValueError):
+            number = 0
+        if number < 1 and not 0 < number < 1:
+            raise ValueError("expected a whole number from 1, or a share between 0 and 1")
+        return number
 
     @field_validator("endpoint_url")
     @classmethod

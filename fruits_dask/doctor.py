@@ -16,7 +16,8 @@ import psutil
 from . import layout
 from .config import Settings
 from .errors import ConfigError, FruitsDaskError, InputError
-from .featurize.weights import load_weights
+from .featurize.backbones import DEFAULT_BACKBONE, find_backbone
+from .featurize.weights import imagenet_path, load_weights
 from .records import IMAGE_SUFFIXES
 from .residency import check_regions, find_regions
 from .storage import is_s3, normalize, open_store
@@ -119,6 +120,9 @@ def _target(settings: Settings) -> str:
 
 def _weights(settings: Settings) -> str:
     name = weights_name(settings)
+    backbone = find_backbone(settings.backbone or DEFAULT_BACKBONE)
+    if name == "imagenet" and backbone.imagenet_file and not imagenet_path(backbone).is_file():
+        return f"imagenet: not on this machine yet, a run will download {imagenet_path(backbone)}"
     found = load_weights(name, settings.backbone, settings.store_options)
     return f"{name} for {found.backbone.name}, SHA-256 {found.sha256[:12]}"
 

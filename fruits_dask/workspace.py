@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import layout
 from .config import Settings
-from .errors import InputError, ResultError
+from .errors import InputError, NotFoundError, ResultError
 from .featurize.weights import Weights, load_weights
 from .lock import OutputLock
 from .progress import Progress
@@ -136,7 +137,7 @@ def open_workspace(
         If the output is not ours, of other settings, locked or outside the allowed regions.
     """
     output = normalize(settings.output)
-    _check_apart(input_address(settings), output)
+    _check_input(input_address(settings), output)
     regions = _check_residency(settings, output)
     space = _look(settings, output, progress)
     identity = _identity(settings, space.weights)
@@ -203,7 +204,9 @@ def weights_name(settings: Settings) -> str:
     return settings.weights or ("imagenet" if settings.input else "fruits")
 
 
-def _check_apart(source: str, output: str) -> None:
+def _check_input(source: str, output: str) -> None:
+    if not is_s3(source) and not Path(source).is_dir():
+        raise NotFoundError(f"there is no folder {source}; check the spelling of --input")
     if f"{output}/".startswith(f"{source}/"):
         raise InputError(
             f"the output {output} is inside the input {source}, which is never written; "

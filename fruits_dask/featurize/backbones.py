@@ -29,6 +29,7 @@ class Backbone:
 
 
 # Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
+IMAGENET_URL = "https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/"
 _SCALE = "RGB scaled to [-1, 1]: x / 127.5 - 1"
 BACKBONES = {
     backbone.name: backbone

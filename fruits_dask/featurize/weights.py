@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +15,14 @@ from pathlib import Path
 from ..errors import ConfigError, StorageError, WeightsError
 from ..records import FeaturizerSpec, StoreOptions
 from ..storage import normalize, open_store
-from .backbones import DEFAULT_BACKBONE, FRUITS_BACKBONE, Backbone, find_backbone
+from .backbones import (
+    DEFAULT_BACKBONE,
+    FRUITS_BACKBONE,
+    IMAGENET_URL,
+    Backbone,
+    find_backbone,
+)
+from .quiet import quiet_import
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +121,15 @@ def _imagenet(backbone: Backbone) -> bytes:
 
 def _download(backbone: Backbone, path: Path) -> None:
     logger.info("downloading the ImageNet weights to %s", path)
-    from keras.applications import mobilenet_v2  # noqa: PLC0415 - seconds, and rarely needed
-    from keras.utils import get_file  # noqa: PLC0415
+    with quiet_import():
+        from keras.utils import get_file  # noqa: PLC0415 - seconds, and rarely needed
 
-    url = mobilenet_v2.BASE_WEIGHT_PATH + str(backbone.imagenet_file)
     try:
-        get_file(backbone.imagenet_file, url, cache_subdir="models")
+        get_file(
+            backbone.imagenet_file,
+            IMAGENET_URL + str(backbone.imagenet_file),
+            cache_subdir="models",
+        )
     except Exception as exc:
         raise WeightsError(
             f"the ImageNet weights are neither in {path} nor could they be downloaded ({exc}). "
