@@ -46,7 +46,7 @@ BACKBONES = {
         Backbone(
             name="mobilenet_v2_035",
             alpha=0.35,
-            image_px=96,
+            image_px=128,
             n_features=1280,
             n_parameters=410_208,
             preprocessing=_SCALE,

@@ -124,12 +124,10 @@ def _download(backbone: Backbone, path: Path) -> None:
     with quiet_import():
         from keras.utils import get_file  # noqa: PLC0415 - seconds, and rarely needed
 
+    url = IMAGENET_URL + str(backbone.imagenet_file)
     try:
-        get_file(
-            backbone.imagenet_file,
-            IMAGENET_URL + str(backbone.imagenet_file),
-            cache_subdir="models",
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # Keras prints its progress
+            get_file(backbone.imagenet_file, url, cache_subdir="models")
     except Exception as exc:
         raise WeightsError(
             f"the ImageNet weights are neither in {path} nor could they be downloaded ({exc}). "
