@@ -184,6 +184,7 @@ class LineProgress:
 
     def update(self, done: int, *, n_failures: int = 0) -> None:
         """Print how far the stage is, if it is some seconds since the last line."""
+        speed = self._meter.speed(done)
         if time.monotonic() - self._last_line < _LINE_SECONDS:
             return
         self._last_line = time.monotonic()
@@ -191,7 +192,7 @@ class LineProgress:
         rest = self._meter.rest_seconds(done)
         words = [
             f"{self._stage}: {done:,}{of} {self._unit}",
-            _describe(self._unit, self._meter.speed(done), n_failures),
+            _describe(self._unit, speed, n_failures),
             f"{rest:,.0f} s left" if rest is not None else "",
         ]
         self.say(", ".join(word for word in words if word))

@@ -12,7 +12,7 @@ from .errors import ConfigError
 from .records import StoreOptions
 from .sample import sample_images
 from .storage import normalize, open_store
-from .workspace import SAMPLE_ADDRESS
+from .workspace import SAMPLE_BUCKET
 
 # Inside the allowed regions; the server is on this machine in truth.
 _REGION = "eu-west-3"
@@ -20,8 +20,13 @@ _UPLOADS = 8
 
 
 @contextmanager
-def embedded_server() -> Iterator[str]:
-    """Run an S3 server (moto) on the loopback interface, with an empty bucket for the sample.
+def embedded_server(bucket: str = SAMPLE_BUCKET) -> Iterator[str]:
+    """Run an S3 server (moto) on the loopback interface, with an empty public bucket.
+
+    Parameters
+    ----------
+    bucket : str
+        Name of the bucket.
 
     Yields
     ------
@@ -46,13 +51,13 @@ def embedded_server() -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         endpoint_url = f"http://{host}:{port}"
-        _make_public_bucket(endpoint_url, SAMPLE_ADDRESS.removeprefix("s3://").split("/")[0])
+        _make_public_bucket(endpoint_url, bucket)
         yield endpoint_url
     finally:
         server.stop()
 
 
-def embedded_options(endpoint_url: str) -> StoreOptions:
+def public_options(endpoint_url: str) -> StoreOptions:
     """How to reach the embedded server; it asks for no keys."""
     return StoreOptions(endpoint_url=endpoint_url, anonymous=True)
 

@@ -200,7 +200,7 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
 
     with demo.embedded_server() as endpoint_url:
         progress.start("sample", total=n_sample_images(), unit="photos")
-        options = demo.embedded_options(endpoint_url)
+        options = demo.public_options(endpoint_url)
         demo.write_sample(SAMPLE_ADDRESS, options, on_written=progress.update)
         progress.finish(f"generated into {SAMPLE_ADDRESS}, an S3 server inside this process")
         yield settings.model_copy(update={"endpoint_url": endpoint_url, "anonymous": True})

@@ -30,7 +30,8 @@ from .results import (
 )
 from .storage import Store, is_s3, normalize, open_store
 
-SAMPLE_ADDRESS = "s3://fruits-sample/photos"
+SAMPLE_BUCKET = "fruits-sample"
+SAMPLE_ADDRESS = f"s3://{SAMPLE_BUCKET}/photos"
 
 
 @dataclass(slots=True, kw_only=True)
