@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -137,26 +137,35 @@ def check_same(found: Mapping[str, Any], identity: Identity, output: str) -> Non
     )
 
 
-def check_ours(store: Store, output: str) -> None:
-    """Refuse a folder that holds something else.
+def check_ours(names: Collection[str], output: str, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or what is left of a result.
+
+    Parameters
+    ----------
+    names : collection of str
+        Everything below the output, relative to it.
+    output : str
+        Its address.
+    overwrite : bool
+        The user asked to replace what is there.
 
     Raises
     ------
     OutputExistsError
-        If there are files whose names are not those of a result.
+        If there are files whose names are not those of a result, or, without `overwrite`, files of
+        those names without the run.json that says what they are.
     """
-    ours = {*layout.RESULT_NAMES, layout.LOCKS}
-    strange = sorted(
-        {
-            item.name
-            for item in store.list_folder(output)
-            if item.name.split("/")[0] not in ours and not is_temporary(item.name)
-        }
-    )
+    known = [name for name in names if not (name.startswith(layout.LOCKS) or is_temporary(name))]
+    strange = sorted(name for name in known if name.split("/")[0] not in layout.RESULT_NAMES)
     if strange:
         raise OutputExistsError(
             f"{output} holds {len(strange)} files that are not of fruits_dask, such as "
             f"{strange[0]}; give an --output of its own"
+        )
+    if known and layout.RUN_JSON not in known and not overwrite:
+        raise OutputExistsError(
+            f"{output} holds {len(known)} files, such as {known[0]}, but no run.json that says "
+            "what they are; give another --output, or --overwrite to remove them"
         )
 
 
@@ -166,11 +175,11 @@ def remove_result(store: Store, output: str) -> None:
         store.remove(layout.join(output, name))
 
 
-def remove_temporaries(store: Store, output: str) -> None:
-    """Remove what local writes of a killed run left behind."""
-    for item in store.list_folder(output):
-        if is_temporary(item.name) and not item.name.startswith(layout.LOCKS):
-            store.remove(layout.join(output, item.name))
+def remove_temporaries(store: Store, output: str, names: Collection[str]) -> None:
+    """Remove what local writes of a killed run left behind; `names` is all below the output."""
+    for name in names:
+        if is_temporary(name) and not name.startswith(layout.LOCKS):
+            store.remove(layout.join(output, name))
 
 
 def is_complete(store: Store, output: str) -> bool:

@@ -142,7 +142,7 @@ def open_workspace(
     regions = _check_residency(settings, output)
     space = _look(settings, output, progress)
     identity = _identity(settings, space.weights)
-    check_ours(space.store, output)
+    check_ours(_names(space), output, overwrite=overwrite)
     with OutputLock(space.store, output):
         _take_over(space, identity, overwrite=overwrite, may_change=may_change)
         space.record["regions"] = regions
@@ -246,11 +246,15 @@ def _identity(settings: Settings, weights: Weights) -> Identity:
     )
 
 
+def _names(space: Workspace) -> list[str]:
+    return [item.name for item in space.store.list_folder(space.output)]
+
+
 def _take_over(
     space: Workspace, identity: Identity, *, overwrite: bool, may_change: tuple[str, ...]
 ) -> None:
     """Start a record, or go on with the one that is there."""
-    remove_temporaries(space.store, space.output)
+    remove_temporaries(space.store, space.output, _names(space))
     found = None if overwrite else read_record(space.store, space.output)
     if found is None:
         remove_result(space.store, space.output)
