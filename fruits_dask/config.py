@@ -203,7 +203,7 @@ def unknown_environment() -> dict[str, str]:
     """
     known = [_env_name(name) for name in Settings.model_fields]
     strange = [n for n in os.environ if n.upper().startswith(ENV_PREFIX) and n.upper() not in known]
-    return {name: next(iter(difflib.get_close_matches(name, known, 1)), "") for name in strange}
+    return {n: next(iter(difflib.get_close_matches(n.upper(), known, 1)), "") for n in strange}
 
 
 def _env_name(setting: str) -> str:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from . import __version__, layout
-from .errors import NotFoundError, ResultError
+from .errors import NotFoundError, ResultError, StorageError
 from .records import (
     FORMAT_VERSION,
     TRAINING_SPLITS,
@@ -120,7 +120,9 @@ def read_table(store: Store, path: str, columns: Sequence[str] | None = None) ->
             return pq.ParquetFile(io.BytesIO(store.read(path))).read()
         with store.open(path) as stream:
             return pq.ParquetFile(stream).read(columns=list(columns))
-    except pa.ArrowInvalid as exc:
+    except StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as exc:
         raise ResultError(f"{path} is damaged ({exc}); remove it and run again") from exc
 
 
@@ -142,6 +144,8 @@ def read_vectors(store: Store, path: str, name: str) -> Part:
         Keys and vectors.
     """
     table = read_table(store, path)
+    if name not in table.column_names:
+        raise ResultError(f"{path} has no column {name!r}; remove it and run again")
     column = table[name].combine_chunks()
     n_columns = column.type.list_size
     vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), n_columns)

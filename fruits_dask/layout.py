@@ -5,6 +5,8 @@ The same names are used below a local folder and below an s3:// prefix.
 
 from __future__ import annotations
 
+import re
+
 RUN_JSON = "run.json"
 MANIFEST = "manifest.parquet"
 FEATURES = "features"
@@ -63,6 +65,6 @@ def part_path(output: str, kind: str, index: int) -> str:
 
 def part_index(name: str) -> int | None:
     """Return the number of the partition whose part has this name, None for other files."""
-    stem = name.rsplit("/", 1)[-1].removesuffix(".parquet")
-    digits = stem.removeprefix("part-")
-    return int(digits) if stem != digits and digits.isdigit() else None
+    # Five digits, or more that do not begin with 0, as `part_name` writes them.
+    found = re.fullmatch(r"part-([0-9]{5}|[1-9][0-9]{5,})\.parquet", name.rsplit("/", 1)[-1])
+    return int(found[1]) if found else None

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
+# The start of a process, as psutil tells it, moves with corrections of the clock.
+_CLOCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,10 @@ class LockOwner:
         if self.machine != _machine():
             return False
         try:
-            return bool(psutil.Process(self.pid).create_time() != self.started_seconds)
+            process = psutil.Process(self.pid)
+            age_difference = abs(process.create_time() - self.started_seconds)
+            is_zombie = process.status() == psutil.STATUS_ZOMBIE
+            return bool(is_zombie or age_difference > _CLOCK_SECONDS)
         except psutil.NoSuchProcess:
             return True
 
@@ -113,8 +118,7 @@ class OutputLock:
         self._released.set()
         self._thread.join()
         self._store.remove(self._path(self._name))
-        if not self._store.list_folder(self._folder):
-            self._store.remove(self._folder)
+        self._store.prune(self._folder)
 
     def _path(self, name: str) -> str:
         return layout.join(self._folder, name)

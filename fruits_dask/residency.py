@@ -59,8 +59,8 @@ def check_regions(regions: dict[str, str], allowed: str, *, endpoint_url: str | 
         if region == LOCAL or (region == UNSTATED and endpoint_url):
             continue
         if not any(fnmatch.fnmatchcase(region, pattern) for pattern in patterns):
+            advice = f", or set --allowed-regions {region}" if region != UNSTATED else ""
             raise ConfigError(
                 f"{address} is in region {region}, outside the allowed regions ({allowed}); "
-                f"nothing was read. Use a bucket in an allowed region, or set --allowed-regions "
-                f"{region}"
+                f"nothing was read. Use a bucket in an allowed region{advice}"
             )

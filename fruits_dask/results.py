@@ -21,6 +21,7 @@ from .records import FORMAT_VERSION
 from .reduce import iterate_scores
 from .storage import Store, is_temporary
 
+_RECORD_KEYS = {"fingerprint", "identity", "stages"}
 _VERSIONED = (
     "fruits_dask",
     "dask",
@@ -82,6 +83,10 @@ def read_record(store: Store, output: str) -> dict[str, Any] | None:
         raise ResultError(
             f"{path} is not of format {FORMAT_VERSION}, which this version ({__version__}) writes; "
             "use the version that made it, or --overwrite"
+        )
+    if missing := _RECORD_KEYS - found.keys():
+        raise ResultError(
+            f"{path} is damaged: no {', '.join(sorted(missing))}; start anew with --overwrite"
         )
     return found
 
@@ -155,8 +160,8 @@ def check_ours(names: Collection[str], output: str, *, overwrite: bool) -> None:
         If there are files whose names are not those of a result, or, without `overwrite`, files of
         those names without the run.json that says what they are.
     """
-    known = [name for name in names if not (name.startswith(layout.LOCKS) or is_temporary(name))]
-    strange = sorted(name for name in known if name.split("/")[0] not in layout.RESULT_NAMES)
+    known = [name for name in names if not (_top(name) == layout.LOCKS or is_temporary(name))]
+    strange = sorted(name for name in known if _top(name) not in layout.RESULT_NAMES)
     if strange:
         raise OutputExistsError(
             f"{output} holds {len(strange)} files that are not of fruits_dask, such as "
@@ -178,8 +183,12 @@ def remove_result(store: Store, output: str) -> None:
 def remove_temporaries(store: Store, output: str, names: Collection[str]) -> None:
     """Remove what local writes of a killed run left behind; `names` is all below the output."""
     for name in names:
-        if is_temporary(name) and not name.startswith(layout.LOCKS):
+        if is_temporary(name) and _top(name) != layout.LOCKS:
             store.remove(layout.join(output, name))
+
+
+def _top(name: str) -> str:
+    return name.split("/", 1)[0]
 
 
 def is_complete(store: Store, output: str) -> bool:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
-import posixpath
+import re
 import shutil
 import stat
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ class Store(Protocol):
     def remove(self, path: str) -> None:
         """Remove an object, or a folder with all below it; absent is fine."""
 
+    def prune(self, folder: str) -> None:
+        """Remove a folder if it is empty."""
+
     def region(self, path: str) -> str | None:
         """Name of the region where the bytes are, or None when the store does not say."""
 
@@ -114,9 +118,8 @@ def normalize(address: str) -> str:
         return address.rstrip("/")
     scheme = urlsplit(address).scheme if "://" in address else ""
     if scheme not in ("", "file"):
-        raise ConfigError(
-            f"{address!r} is on {scheme}://, which is not supported; give a local folder or s3://"
-        )
+        shown = re.sub("//[^/]*@", "//***@", address)  # there may be a password
+        raise ConfigError(f"{shown!r} is not supported; give a local folder or s3://bucket/prefix")
     local = address.removeprefix("file://") if scheme else address
     return str(Path(os.path.abspath(Path(local).expanduser())))  # noqa: PTH100 - keeps symlinks
 
@@ -221,7 +224,7 @@ class LocalStore:
 
     def read(self, path: str) -> bytes:
         """Return the content of a regular file."""
-        with _local_errors(path), Path(path).open("rb") as stream:
+        with _local_errors(path), open(path, "rb", opener=_open_at_once) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise StorageError(f"{path} is not a regular file")
             return stream.read()
@@ -255,6 +258,11 @@ class LocalStore:
             else:
                 Path(path).unlink()
 
+    def prune(self, folder: str) -> None:
+        """Remove a folder if it is empty."""
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
+
     def region(self, path: str) -> str | None:
         """Local files stay on this machine, which has no region."""
         return None
@@ -273,6 +281,11 @@ class LocalStore:
                 raise
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    # A FIFO would wait for somebody who writes into it.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def is_temporary(name: str) -> bool:
     """Tell whether a file name is one that an unfinished local write left behind."""
     return name.endswith(_TEMPORARY_SUFFIX)
@@ -285,7 +298,14 @@ def _stored(name: str, size_bytes: int, modified_seconds: float) -> StoredObject
 def _byte_order(entry: os.DirEntry[str]) -> bytes:
     # A folder sorts as its name with a slash, so that the walk comes out in the byte order of whole
     # paths, which is the order in which S3 lists keys.
-    return os.fsencode(entry.name + "/" if entry.is_dir() else entry.name)
+    return os.fsencode(entry.name + "/" if _holds(entry.is_dir) else entry.name)
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    try:
+        return check()
+    except OSError:  # a link to itself is neither file nor folder
+        return False
 
 
 def _walk(
@@ -299,9 +319,9 @@ def _walk(
         logger.warning("%s leads back to a folder it is in; not followed", folder)
         return
     for entry in found:
-        if entry.is_dir():
+        if _holds(entry.is_dir):
             yield from _walk(entry.path, suffixes, (*ancestors, identity))
-        elif entry.is_file() and entry.name.lower().endswith(suffixes):
+        elif _holds(entry.is_file) and entry.name.lower().endswith(suffixes):
             yield _local_object(entry)
 
 
@@ -329,6 +349,19 @@ def _local_errors(path: str) -> Iterator[None]:
         raise StorageError(f"{path}: {reason}") from exc
 
 
+@functools.cache
+def _file_system_class() -> type[S3FileSystem]:
+    from s3fs import S3FileSystem  # noqa: PLC0415 - s3fs takes 0.5 s, local runs need it not
+
+    class PlainKeys(S3FileSystem):  # type: ignore[misc]
+        """Takes ``?versionId=`` in a key for what it is, a part of the key."""
+
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            return (*_split(path), None)
+
+    return PlainKeys
+
+
 class S3Store:
     """S3, or a service that speaks its protocol.
 
@@ -343,18 +376,22 @@ class S3Store:
 
     @functools.cached_property
     def _fs(self) -> S3FileSystem:
-        from s3fs import S3FileSystem  # noqa: PLC0415 - s3fs takes 0.5 s, local runs need it not
-
         options = self._options
         # Not `requester_pays=True`: before s3fs 2026.9 its cat_file forgets to send the header.
         payer = {"RequestPayer": "requester"} if options.requester_pays else {}
-        return S3FileSystem(
+        return _file_system_class()(
             anon=options.anonymous,
             endpoint_url=options.endpoint_url,
             profile=options.profile,
             use_listings_cache=False,
             s3_additional_kwargs=payer,
-            config_kwargs={"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 64},
+            config_kwargs={
+                "connect_timeout": 10,
+                "read_timeout": 30,
+                "max_pool_connections": 64,
+                # s3fs tries five times around these.
+                "retries": {"mode": "standard", "max_attempts": 3},
+            },
         )
 
     def list_images(self, root: str, suffixes: tuple[str, ...]) -> Iterator[ObjectInfo]:
@@ -387,7 +424,9 @@ class S3Store:
     def open(self, path: str) -> IO[bytes]:
         """Open an object for random access through ranged GETs."""
         with _s3_errors(path):
-            return cast("IO[bytes]", self._fs.open(path, "rb", cache_type="none"))
+            payer = self._options.requester_pays
+            stream = self._fs.open(path, "rb", cache_type="none", requester_pays=payer)
+        return cast("IO[bytes]", _Reader(path, stream))
 
     def write(self, path: str, data: bytes) -> None:
         """Write with a single PUT, or a multipart upload for large data."""
@@ -416,11 +455,17 @@ class S3Store:
     def remove(self, path: str) -> None:
         """Remove the object at `path` and all objects below it."""
         bucket, key = _split(path)
-        keys = [key, *(posixpath.join(key, item.name) for item in self.list_folder(path))]
+        keys = [key, *(f"{key}/{item.name}" for item in self.list_folder(path))]
         with _s3_errors(path):
             for start in range(0, len(keys), _LIST_PAGE_KEYS):
                 objects = [{"Key": item} for item in keys[start : start + _LIST_PAGE_KEYS]]
-                self._fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects})
+                answer = self._fs.call_s3(
+                    "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
+                )
+                _check_deleted(bucket, answer)
+
+    def prune(self, folder: str) -> None:
+        """Do nothing: on S3 there are no empty folders."""
 
     def region(self, path: str) -> str | None:
         """Region of the bucket, as its own service states it."""
@@ -447,6 +492,43 @@ class S3Store:
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _check_deleted(bucket: str, answer: dict[str, Any]) -> None:
+    """Raise what a DeleteObjects request, which as a whole succeeds, says of single keys."""
+    for error in answer.get("Errors", []):
+        path, code = f"{S3_PREFIX}{bucket}/{error.get('Key')}", error.get("Code")
+        if code == "AccessDenied":
+            raise AccessDeniedError(f"{path} could not be removed: {code}; check your permissions")
+        raise StorageError(f"{path} could not be removed: {code}")
+
+
+class _Reader(io.RawIOBase):
+    """An open object whose errors are translated."""
+
+    def __init__(self, path: str, stream: IO[bytes]) -> None:
+        self._path = path
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        with _s3_errors(self._path):
+            return self._stream.read(size)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _seconds(modified: object) -> float:
@@ -482,7 +564,8 @@ def _s3_errors(path: str) -> Iterator[None]:
 
 
 def _botocore_error(path: str, exc: Exception) -> StorageError | None:
-    from botocore import exceptions  # noqa: PLC0415 - only when something failed
+    from aiohttp import ClientError as HttpError  # noqa: PLC0415 - only when something failed
+    from botocore import exceptions  # noqa: PLC0415
 
     if isinstance(exc, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return AccessDeniedError(
@@ -491,6 +574,5 @@ def _botocore_error(path: str, exc: Exception) -> StorageError | None:
         )
     if isinstance(exc, exceptions.EndpointConnectionError | exceptions.ConnectTimeoutError):
         return StorageError(f"{path}: {exc} Check the network and --endpoint-url.")
-    if isinstance(exc, exceptions.BotoCoreError | exceptions.ClientError | TimeoutError):
-        return StorageError(f"{path}: {exc}")
-    return None
+    known = exceptions.BotoCoreError | exceptions.ClientError | HttpError | TimeoutError
+    return StorageError(f"{path}: {exc}") if isinstance(exc, known) else None
