@@ -174,8 +174,10 @@ def _reporting(verbose: int) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("stopped; what is stored stays, the same command goes on from there")
         raise typer.Exit(Exit.INTERRUPTED) from None
+    except (typer.Exit, BrokenPipeError):
+        raise
     except Exception as exc:
-        if isinstance(exc, typer.Exit) or verbose > 1:
+        if verbose > 1:
             raise
         text = f"unexpected {type(exc).__name__}: {exc}\n-vv shows where; please report it"
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -242,16 +244,14 @@ def run(call: Call) -> None:
     _conclude(outcome, resolved.settings)
 
 
-@_command(*_FEATURES, "components", *_STORE, extras=(_OVERWRITE,))
+@_command(*_FEATURES, *_STORE, extras=(_OVERWRITE,))
 def plan(call: Call) -> None:
     """List the photos and print how the work will be cut; no photo is read."""
     from . import pipeline  # noqa: PLC0415
 
-    outcome = pipeline.plan(
-        _resolve(call).settings,
-        overwrite=call.extras["overwrite"],
-        progress=open_progress(_stderr()),
-    )
+    settings = _resolve(call).settings
+    progress = open_progress(_stderr())
+    outcome = pipeline.plan(settings, overwrite=call.extras["overwrite"], progress=progress)
     _print_plan(outcome)
 
 
@@ -298,13 +298,15 @@ def sample(call: Call) -> None:
     """Write generated photos in the shape of Fruits-360, to try things on."""
     from . import demo  # noqa: PLC0415
     from .sample import n_sample_images  # noqa: PLC0415
+    from .workspace import check_addresses  # noqa: PLC0415
 
-    options = _resolve(call).settings.store_options
+    settings = _resolve(call).settings
     destination, per_label = call.extras["destination"], call.extras["per_label"]
+    check_addresses(settings.model_copy(update={"input": None, "output": destination}))
     progress = open_progress(_stderr())
     progress.start("sample", total=n_sample_images(n_per_label=per_label), unit="photos")
     n_images = demo.write_sample(
-        destination, options, n_per_label=per_label, on_written=progress.update
+        destination, settings.store_options, n_per_label=per_label, on_written=progress.update
     )
     progress.finish()
     typer.echo(f"{n_images:,} photos in {destination}")
@@ -322,7 +324,7 @@ def doctor(call: Call) -> None:
         console.print(f"{mark} [bold]{finding.subject:10}[/]", end=" ")
         console.print(finding.message, markup=False)
     n_bad = sum(not finding.is_good for finding in findings)
-    typer.echo(f"{n_bad} problems" if n_bad else "nothing stands in the way of a run")
+    typer.echo(f"{n_bad} to mend" if n_bad else "nothing stands in the way of a run")
     if n_bad:
         raise typer.Exit(Exit.FAILED)
 
@@ -382,18 +384,22 @@ def _summary(outcome: Outcome) -> dict[str, str]:
     stages = outcome.record["stages"]
     pairs = {"result": outcome.output}
     if outcome.did_nothing:
-        pairs["status"] = "was complete before; nothing to do"
+        pairs["status"] = "nothing to do; photos that came later need --overwrite"
     pairs["images"] = f"{outcome.n_features:,} with features, {outcome.n_failures:,} failures"
     if "extract" in stages:
-        pairs["speed"] = f"{stages['extract']['images_per_second']:,} images/s"
-        peaks = stages["extract"]["peak_memory_bytes"].values()
-        pairs["memory"] = f"{max(peaks, default=0) / 2**20:,.0f} MiB at most in a worker"
+        if speed := stages["extract"]["images_per_second"]:
+            pairs["speed"] = f"{speed:,} images/s"
+        if peaks := stages["extract"]["peak_memory_bytes"].values():
+            pairs["memory"] = f"{max(peaks) / 2**20:,.0f} MiB at most in a worker"
     if "reduce" in stages:
         facts = stages["reduce"]
         kept = facts["explained_variance_ratio"]
         pairs["pca"] = f"{facts['n_components']} components keep {kept:.2%} of the variance"
     if "report" in stages:
         pairs["report"] = f"{outcome.output}/report.html"
+    else:
+        following = next(name for name in STAGES if name not in stages)
+        pairs["next"] = f"`{following} --output {outcome.output}`, or `run` for all that is left"
     return pairs
 
 

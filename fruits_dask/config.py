@@ -36,11 +36,16 @@ class Settings(BaseSettings):
     )
 
     input: str | None = Field(
-        None, description="Folder or s3:// prefix of the photos (default: generated sample photos)"
+        None,
+        min_length=1,
+        description="Folder or s3:// prefix of the photos (default: generated sample photos)",
     )
-    output: str = Field("fruits-output", description="Folder or s3:// prefix of the result")
+    output: str = Field(
+        "fruits-output", min_length=1, description="Folder or s3:// prefix of the result"
+    )
     weights: str | None = Field(
         None,
+        min_length=1,
         description="imagenet, fruits, or a Keras weights file (local or s3://) "
         "(default: imagenet; fruits for the sample photos)",
     )

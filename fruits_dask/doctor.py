@@ -14,14 +14,15 @@ from pathlib import Path
 import psutil
 
 from . import layout
+from .cluster import check_cluster_name
 from .config import Settings
-from .errors import ConfigError, FruitsDaskError, InputError
+from .errors import ConfigError, FruitsDaskError, InputError, NotFoundError
 from .featurize.backbones import DEFAULT_BACKBONE, find_backbone
 from .featurize.weights import imagenet_path, load_weights
 from .records import IMAGE_SUFFIXES
-from .residency import check_regions, find_regions
+from .results import check_ours
 from .storage import is_s3, normalize, open_store
-from .workspace import input_address, weights_name
+from .workspace import check_addresses, input_address, weights_name
 
 _LEAST_MEMORY_BYTES = 2 * 2**30
 _LEAST_DISK_BYTES = 1 * 2**30
@@ -58,6 +59,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield Finding(subject=subject, is_good=True, message=check(settings))
         except FruitsDaskError as exc:
             yield Finding(subject=subject, is_good=False, message=str(exc))
+            if check is _addresses and not isinstance(exc, NotFoundError):
+                return  # nothing is asked of places where nothing may be read or written
 
 
 def _python(_: Settings) -> str:
@@ -75,13 +78,20 @@ def _machine(_: Settings) -> str:
     return f"{cores} cores, {memory / 2**30:.1f} GiB of memory free"
 
 
-def _region(settings: Settings) -> str:
-    addresses = [normalize(settings.output)]
-    if settings.input is not None:
-        addresses.append(input_address(settings))
-    regions = find_regions(addresses, settings.store_options)
-    check_regions(regions, settings.allowed_regions, endpoint_url=settings.endpoint_url)
+def _addresses(settings: Settings) -> str:
+    regions = check_addresses(settings)
     return ", ".join(f"{address}: {region}" for address, region in regions.items())
+
+
+def _workers(settings: Settings) -> str:
+    check_cluster_name(settings.cluster)
+    if settings.cluster != "local":
+        return f"those at {settings.cluster}; a run checks their versions"
+    from .cluster.local import default_n_workers, memory_of_worker  # noqa: PLC0415
+
+    n_workers = settings.workers or default_n_workers()
+    n_bytes = memory_of_worker(settings.memory_limit, n_workers)
+    return f"{n_workers} local processes with {n_bytes / 2**30:.1f} GiB each"
 
 
 def _source(settings: Settings) -> str:
@@ -103,19 +113,20 @@ def _source(settings: Settings) -> str:
 def _target(settings: Settings) -> str:
     output = normalize(settings.output)
     store = open_store(output, settings.store_options)
-    probe = layout.join(output, f".doctor-{uuid.uuid4().hex[:8]}")
-    existed = is_s3(output) or Path(output).is_dir()
+    names = [item.name for item in store.list_folder(output)]
+    check_ours(names, output, overwrite=False)
+    probe = layout.join(output, f"{layout.PROBE}{uuid.uuid4().hex[:8]}")
     try:
         store.write(probe, b"")
-    finally:
         store.remove(probe)
-        if not existed:
-            store.remove(output)
+    finally:
+        store.prune(output)
     if not is_s3(output):
         free = shutil.disk_usage(Path(output).parent).free
         if free < _LEAST_DISK_BYTES:
             raise ConfigError(f"{output}: only {free / 2**30:.1f} GiB free on this disk")
-    return f"{output} can be written"
+    state = "holds a result already; `run` resumes it" if names else "can be written"
+    return f"{output} {state}"
 
 
 def _weights(settings: Settings) -> str:
@@ -130,7 +141,8 @@ def _weights(settings: Settings) -> str:
 _CHECKS: dict[str, Callable[[Settings], str]] = {
     "python": _python,
     "machine": _machine,
-    "regions": _region,
+    "workers": _workers,
+    "addresses": _addresses,
     "input": _source,
     "output": _target,
     "weights": _weights,

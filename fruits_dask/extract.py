@@ -116,11 +116,12 @@ class Tally:
             name: known.get("operations", {}).get(name, 0.0) for name in EXTRACT_OPERATIONS
         }
         self._peak_bytes: dict[str, int] = dict(known.get("peak_memory_bytes", {}))
+        self._images_per_second = known.get("images_per_second")
         self._start = time.perf_counter()
 
     def add(self, summary: PartitionSummary) -> None:
         """Take in one partition."""
-        self.n_images += summary.n_features + summary.n_failures
+        self.n_images += summary.n_images
         self.n_failures += summary.n_failures
         for name, seconds in summary.seconds.items():
             self._seconds[name] += seconds
@@ -129,12 +130,14 @@ class Tally:
 
     def facts(self, counts: Sequence[PartCount], *, n_workers: int) -> dict[str, Any]:
         """Sum up for run.json: `counts` are those of all stored parts."""
-        elapsed = time.perf_counter() - self._start
+        speed = self._images_per_second  # few images, tried again, say nothing about the speed
+        if speed is None and self.n_images:
+            speed = round(self.n_images / (time.perf_counter() - self._start), 1)
         return {
             "n_features": sum(count.n_features for count in counts),
             "n_failures": sum(count.n_failures for count in counts),
             "n_workers": n_workers,
-            "images_per_second": round(self.n_images / elapsed, 1),
+            "images_per_second": speed,
             "operations": {name: round(s, 3) for name, s in self._seconds.items()},
             "peak_memory_bytes": dict(sorted(self._peak_bytes.items())),
         }
@@ -194,7 +197,7 @@ def extract_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
     outcome = _featurize_rows(job, listed, rows.start, clock)
     with clock("store"):
         _write_partition(job, rows.index, listed, outcome)
-    return _summary(rows.index, outcome, clock)
+    return _summary(len(listed), outcome, clock)
 
 
 def retry_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
@@ -210,7 +213,7 @@ def retry_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
     Returns
     -------
     PartitionSummary
-        Counts of the whole partition; times of this second try.
+        Counts and times of this second try.
     """
     clock = _Clock()
     store = open_store(job.output, job.options)
@@ -220,14 +223,16 @@ def retry_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
     )
     failed = read_table(store, layout.part_path(job.output, layout.FAILURES, rows.index))
     positions = {path: i for i, path in enumerate(listed["path"].to_pylist())}
-    again = sorted(positions[path] for path in failed["path"].to_pylist())
-    outcome = _featurize_rows(job, listed.take(again), None, clock)
+    known = set(done.keys["path"].to_pylist())  # also failed, if an earlier retry was cut short
+    again = sorted(positions[path] for path in failed["path"].to_pylist() if path not in known)
+    chosen = listed.take(np.asarray(again, dtype=np.int64))
+    outcome = _featurize_rows(job, chosen, None, clock)
     outcome.positions = [again[i] for i in outcome.positions]
     outcome.positions += [positions[path] for path in done.keys["path"].to_pylist()]
     outcome.vectors.append(done.vectors)
     with clock("store"):
-        _write_partition(job, rows.index, listed, outcome)
-    return _summary(rows.index, outcome, clock)
+        _write_partition(job, rows.index, listed, outcome, is_retry=True)
+    return _summary(len(again), outcome, clock)
 
 
 def _featurize_rows(
@@ -292,7 +297,10 @@ def _not_finite(path: str) -> Failure:
     return Failure(path=path, stage="featurize", error="FloatingPointError", message=message)
 
 
-def _write_partition(job: ExtractJob, index: int, listed: pa.Table, outcome: _Outcome) -> None:
+def _write_partition(
+    job: ExtractJob, index: int, listed: pa.Table, outcome: _Outcome, *, is_retry: bool = False
+) -> None:
+    """Store the parts, so that a cut between two writes never leaves an image in neither."""
     store = open_store(job.output, job.options)
     positions = np.asarray(outcome.positions, dtype=np.int64)
     order = np.argsort(positions)
@@ -303,15 +311,18 @@ def _write_partition(job: ExtractJob, index: int, listed: pa.Table, outcome: _Ou
     if outcome.jpegs:
         write_thumbnails(store, job.output, index, outcome.jpegs)
     failures = sorted(outcome.failures, key=lambda failure: failure.path.encode())
-    write_failures(store, job.output, index, failures)
-    write_table(store, layout.part_path(job.output, layout.FEATURES, index), table)
+    writes: list[Callable[[], None]] = [
+        lambda: write_failures(store, job.output, index, failures),
+        lambda: write_table(store, layout.part_path(job.output, layout.FEATURES, index), table),
+    ]
+    for write in reversed(writes) if is_retry else writes:
+        write()
 
 
-def _summary(index: int, outcome: _Outcome, clock: _Clock) -> PartitionSummary:
+def _summary(n_images: int, outcome: _Outcome, clock: _Clock) -> PartitionSummary:
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB except on macOS
     return PartitionSummary(
-        index=index,
-        n_features=len(outcome.positions),
+        n_images=n_images,
         n_failures=len(outcome.failures),
         seconds=clock.seconds,
         worker=f"{platform.node()}-{os.getpid()}",

@@ -44,6 +44,8 @@ class Part:
     """Columns path, label, split."""
     vectors: Features
     """(n_rows, n_columns) float32, in the order of `keys`."""
+    metadata: dict[str, str]
+    """How the vectors were made."""
 
 
 def metadata(spec: FeaturizerSpec) -> dict[str, str]:
@@ -149,7 +151,7 @@ def read_vectors(store: Store, path: str, name: str) -> Part:
     column = table[name].combine_chunks()
     n_columns = column.type.list_size
     vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), n_columns)
-    return Part(keys=table.select(_KEYS), vectors=vectors)
+    return Part(keys=table.select(_KEYS), vectors=vectors, metadata=_decoded(table.schema))
 
 
 def count_part(store: Store, output: str, index: int) -> PartCount:
@@ -188,11 +190,8 @@ def part_indices(store: Store, output: str, kind: str) -> list[int]:
     return sorted(index for name in names if (index := layout.part_index(name)) is not None)
 
 
-def schema_metadata(store: Store, path: str) -> dict[str, str]:
-    """Read the schema metadata of a part without its rows."""
-    with store.open(path) as stream:
-        found = pq.ParquetFile(stream).schema_arrow.metadata or {}
-    return {key.decode(): value.decode() for key, value in found.items()}
+def _decoded(schema: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
 
 
 def to_json(values: object) -> bytes:

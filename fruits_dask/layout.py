@@ -20,7 +20,7 @@ DASK_REPORT = "report/dask-performance.html"
 SUCCESS = "_SUCCESS"
 LOCKS = ".locks"
 
-# What `--overwrite` removes: the names of a result and nothing else that may lie beside them.
+# What `--overwrite` removes, after `is_result_name` agreed to every single file.
 # `_SUCCESS` and run.json come first, so that a removal cut short never looks like a result.
 RESULT_NAMES = (
     SUCCESS,
@@ -29,10 +29,26 @@ RESULT_NAMES = (
     FEATURES,
     FAILURES,
     "pca",
-    "classifier",
     REPORT,
     "report",
 )
+_SINGLE_NAMES = {SUCCESS, RUN_JSON, MANIFEST, PCA_MODEL, SCORES_CSV, REPORT, DASK_REPORT}
+_PART_FOLDERS = {FEATURES, FAILURES, SCORES, THUMBNAILS}
+# What desktops and consoles leave in any folder, and the probe of `doctor`.
+_IGNORED = {"", ".DS_Store", "Thumbs.db", "desktop.ini"}
+PROBE = ".doctor-"
+
+
+def is_result_name(name: str) -> bool:
+    """Tell whether a path relative to the output is that of a file of a result."""
+    folder, _, file = name.rpartition("/")
+    return name in _SINGLE_NAMES or (folder in _PART_FOLDERS and part_index(file) is not None)
+
+
+def is_ignored_name(name: str) -> bool:
+    """Tell whether a path relative to the output is of no importance to anyone."""
+    top, file = name.split("/", 1)[0], name.rpartition("/")[2]
+    return top == LOCKS or top.startswith(PROBE) or file in _IGNORED
 
 
 def join(root: str, *names: str) -> str:

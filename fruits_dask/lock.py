@@ -56,9 +56,14 @@ class LockOwner:
             started_seconds=psutil.Process().create_time(),
         )
 
+    @property
+    def is_here(self) -> bool:
+        """Tell whether this is a process of this machine, whose life can be seen."""
+        return self.machine == _machine()
+
     def is_dead(self) -> bool:
         """Tell whether this is a process of this machine that has ended."""
-        if self.machine != _machine():
+        if not self.is_here:
             return False
         try:
             process = psutil.Process(self.pid)
@@ -102,10 +107,14 @@ class OutputLock:
         self._renew_seconds = renew_seconds
         self._stale_seconds = stale_seconds
         self._released = threading.Event()
+        self._lost = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
     def __enter__(self) -> OutputLock:
-        self._write()
+        try:
+            self._write()
+        except StorageError as exc:
+            raise StorageError(f"cannot write into the output {self._output}: {exc}") from exc
         try:
             self._give_way()
         except BaseException:
@@ -120,6 +129,20 @@ class OutputLock:
         self._store.remove(self._path(self._name))
         self._store.prune(self._folder)
 
+    def check(self) -> None:
+        """Refuse to go on when another run took the output, because this one slept too long.
+
+        Raises
+        ------
+        OutputLockedError
+            If the lock was lost.
+        """
+        if self._lost.is_set():
+            raise OutputLockedError(
+                f"another run took over {self._output} while this one was suspended; wait for it, "
+                "then run again"
+            )
+
     def _path(self, name: str) -> str:
         return layout.join(self._folder, name)
 
@@ -130,6 +153,9 @@ class OutputLock:
     def _renew(self) -> None:
         while not self._released.wait(self._renew_seconds):
             try:
+                if not self._store.exists(self._path(self._name)):
+                    self._lost.set()
+                    return
                 self._write()
             except StorageError as exc:  # the run itself will meet it, or it passes
                 logger.warning("could not renew the lock of the output: %s", exc)
@@ -142,14 +168,16 @@ class OutputLock:
         for item in locks.values():
             owner = self._owner(item)
             age = now - item.modified_seconds
-            if owner is None or owner.is_dead() or age > self._stale_seconds:
+            # On this machine a process is seen, so one that sleeps (Ctrl-Z, a closed lid) is alive.
+            is_stale = age > self._stale_seconds and not (owner and owner.is_here)
+            if owner is None or owner.is_dead() or is_stale:
                 self._store.remove(self._path(item.name))
                 continue
+            left = f"start again {max(self._stale_seconds - age, 1):.0f} s from now"
             raise OutputLockedError(
                 f"another run is writing into {self._output}: process {owner.pid} on "
                 f"{owner.host}, last sign of life {max(age, 0):.0f} s ago. Wait for it, give "
-                "another --output, or, if it was killed, start again "
-                f"{max(self._stale_seconds - age, 1):.0f} s from now"
+                f"another --output, or {'end it' if owner.is_here else f'if it was killed, {left}'}"
             )
 
     def _owner(self, item: StoredObject) -> LockOwner | None:

@@ -19,19 +19,23 @@ from .progress import Progress, Silent
 from .records import PartCount, RowRange
 from .reduce import PcaModel, fit_pca, read_model, scores_bag, write_model
 from .report import write_report
-from .results import write_scores_csv, write_success
+from .results import write_scores_csv
 from .sample import n_sample_images
 from .source import write_manifest
 from .storage import is_s3, open_store
-from .workspace import SAMPLE_ADDRESS, Workspace, find_finished, open_workspace
+from .workspace import (
+    SAMPLE_ADDRESS,
+    Workspace,
+    find_finished,
+    open_result,
+    open_workspace,
+)
 
 if TYPE_CHECKING:
     import dask.bag as db
 
 # Photos in the report: enough for a picture of the whole, few enough for a page of some megabytes.
 _REPORT_IMAGES = 1500
-# A second pass mends what a killed run left between two writes; no third is ever needed.
-_EXTRACT_PASSES = 2
 _SILENT = Silent()
 
 
@@ -94,8 +98,8 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
         _plan(space)
         if "reduce" not in space.stages:
             with _workers(space) as workers:
-                _extract(space, workers)
-                _reduce(space, workers)
+                counts = _extract(space, workers)
+                _reduce(space, workers, counts)
         _report(space)
         return Outcome(output=space.output, record=space.record)
 
@@ -104,7 +108,7 @@ def plan(settings: Settings, *, overwrite: bool = False, progress: Progress = _S
     """List the input and store the manifest; read no image. See `run` for the parameters."""
     with (
         _photos(settings, progress) as ready,
-        open_workspace(ready, progress, overwrite=overwrite) as space,
+        open_workspace(ready, progress, overwrite=overwrite, keep_components=True) as space,
     ):
         done = _plan(space)
         return Outcome(output=space.output, record=space.record, did_nothing=not done)
@@ -117,7 +121,7 @@ def extract(
     check_cluster_name(settings.cluster)
     with (
         _photos(settings, progress) as ready,
-        open_workspace(ready, progress, overwrite=overwrite) as space,
+        open_workspace(ready, progress, overwrite=overwrite, keep_components=True) as space,
     ):
         _plan(space)
         if "extract" in space.stages:
@@ -138,12 +142,15 @@ def reduce(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
         If the features are not complete.
     """
     check_cluster_name(settings.cluster)
-    with open_workspace(settings, progress, may_change=("components",)) as space:
+    with open_result(settings, progress) as space:
         space.require("extract")
-        if "reduce" in space.stages:
+        is_new = space.record["identity"]["components"] != settings.components
+        if "reduce" in space.stages and not is_new:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
         with _workers(space) as workers:
-            _reduce(space, workers)
+            if is_new:
+                space.change_components()
+            _reduce(space, workers, None)
         return Outcome(output=space.output, record=space.record)
 
 
@@ -155,7 +162,7 @@ def report(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
     ResultError
         If there are no scores.
     """
-    with open_workspace(settings, progress) as space:
+    with open_result(settings, progress) as space:
         space.require("reduce")
         space.stages.pop("report", None)
         _report(space)
@@ -178,8 +185,8 @@ def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome
         if space.stages["extract"]["n_failures"] == 0:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
         with _workers(space) as workers:
-            _retry(space, workers)
-            _reduce(space, workers)
+            counts = _retry(space, workers)
+            _reduce(space, workers, counts)
         _report(space)
         return Outcome(output=space.output, record=space.record)
 
@@ -212,6 +219,7 @@ def _workers(space: Workspace) -> Iterator[Workers]:
     space.progress.say("starting workers")
     with open_cluster(space.settings) as workers:
         space.progress.say(f"{workers.n_workers} workers, Dask dashboard: {workers.dashboard_url}")
+        workers.check_reach(space.path(layout.RUN_JSON), space.settings.store_options)
         target = space.path(layout.DASK_REPORT)
         with workers.performance_report(lambda html: space.store.upload(html, target)):
             yield workers
@@ -255,45 +263,59 @@ def _extract_job(space: Workspace, workers: Workers) -> ExtractJob:
     )
 
 
-def _extract(space: Workspace, workers: Workers) -> None:
-    if "extract" in space.stages:
-        return
+def _extract(space: Workspace, workers: Workers) -> list[PartCount] | None:
+    """Make the features that are missing; return the row counts of all parts, if they are known."""
+    counts = None
+    if "extract" not in space.stages:
+        counts = _extract_missing(space, workers)
+    _check_usable(space)
+    return counts
+
+
+def _extract_missing(space: Workspace, workers: Workers) -> list[PartCount]:
     partitions = _partitions(space)
     stored = set(part_indices(space.store, space.output, layout.FEATURES))
     todo = [rows for rows in partitions if rows.index not in stored]
-    job = _extract_job(space, workers)
     with space.stage("extract") as facts:
         tally = Tally()
         n_images = space.stages["plan"]["n_images"]
         done = n_images - sum(rows.stop - rows.start for rows in todo)
         space.progress.start("extract", total=n_images, unit="images", done=done)
-        for _ in range(_EXTRACT_PASSES):
-            _follow(space, workers, extraction_bag(job, todo), tally, done=done)
-            counts = _count(space, workers)
-            todo = _incomplete(partitions, counts)
-            if not todo:
-                break
-        else:
+        counts = _extract_partitions(space, workers, todo, tally, done=done)
+        # What a killed run left between two writes; after that nothing can be incomplete.
+        if broken := _incomplete(partitions, counts):
+            counts = _extract_partitions(space, workers, broken, tally)
+        if _incomplete(partitions, counts):
             raise ResultError(f"the parts of {space.output} change while they are written")
         facts.update(tally.facts(counts, n_workers=workers.n_workers))
         space.progress.finish(_found(facts))
-    _check_usable(space)
+    return counts
 
 
-def _retry(space: Workspace, workers: Workers) -> None:
+def _extract_partitions(
+    space: Workspace, workers: Workers, todo: list[RowRange], tally: Tally, *, done: int = 0
+) -> list[PartCount]:
+    if todo:
+        bag = extraction_bag(_extract_job(space, workers), todo)
+        _follow(space, workers, bag, tally, done=done)
+    return _count(space, workers)
+
+
+def _retry(space: Workspace, workers: Workers) -> list[PartCount]:
     counts = {count.index: count for count in _count(space, workers)}
     todo = [rows for rows in _partitions(space) if counts[rows.index].n_failures]
-    n_failed = sum(count.n_failures for count in counts.values())
-    job = _extract_job(space, workers)
     space.forget_reduction()
     earlier = space.stages.pop("extract")  # if this is cut short, `run` looks at the parts again
     space.save()
     with space.stage("extract", spent_seconds=earlier["seconds"]) as facts:
         tally = Tally(earlier)
+        n_failed = sum(count.n_failures for count in counts.values())
         space.progress.start("retry", total=n_failed, unit="images")
-        _follow(space, workers, retry_bag(job, todo), tally)
-        facts.update(tally.facts(_count(space, workers), n_workers=workers.n_workers))
+        _follow(space, workers, retry_bag(_extract_job(space, workers), todo), tally)
+        now = _count(space, workers)
+        facts.update(tally.facts(now, n_workers=workers.n_workers))
         space.progress.finish(_found(facts))
+    return now
 
 
 def _follow(
@@ -301,6 +323,7 @@ def _follow(
 ) -> None:
     """Run the tasks of a bag and tell how far they are."""
     for summary in workers.run(bag):
+        space.lock.check()
         tally.add(summary)
         space.progress.update(done + tally.n_images, n_failures=tally.n_failures)
 
@@ -325,7 +348,7 @@ def _found(facts: dict[str, Any]) -> str:
 
 
 def _check_usable(space: Workspace) -> None:
-    """Stop when there is not one feature, with the reason that most images share."""
+    """Stop when there is not one feature, and say why the first image has none."""
     if space.stages["extract"]["n_features"]:
         return
     index = part_indices(space.store, space.output, layout.FAILURES)[0]
@@ -338,12 +361,12 @@ def _check_usable(space: Workspace) -> None:
     )
 
 
-def _reduce(space: Workspace, workers: Workers) -> None:
+def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) -> None:
     if "reduce" in space.stages:
         return
     with space.stage("reduce") as facts:
         start = time.perf_counter()
-        model = _fit(space, workers)
+        model = _fit(space, counts or _count(space, workers))
         fitted = time.perf_counter()
         _write_scores(space, workers)
         scored = time.perf_counter()
@@ -363,14 +386,14 @@ def _reduce(space: Workspace, workers: Workers) -> None:
         )
 
 
-def _fit(space: Workspace, workers: Workers) -> PcaModel:
+def _fit(space: Workspace, counts: list[PartCount]) -> PcaModel:
     if space.has(layout.PCA_MODEL):
         return read_model(space.store, space.output)
     space.progress.start("reduce", total=None, unit="batches")
     model = fit_pca(
         space.output,
         space.settings.store_options,
-        _count(space, workers),
+        counts,
         components=space.settings.components,
         on_batch=space.progress.update,
     )
@@ -395,4 +418,4 @@ def _report(space: Workspace) -> None:
             space.progress.start("report", total=None, unit="")
             write_report(space.store, space.output)
             space.progress.finish(space.path(layout.REPORT))
-    write_success(space.store, space.output)
+    space.complete()

@@ -110,12 +110,10 @@ class PartCount:
 class PartitionSummary:
     """What a worker tells of one finished partition; the data stays in the store."""
 
-    index: int
-    """Number of the partition."""
-    n_features: int
-    """Images with features."""
+    n_images: int
+    """Images that were tried."""
     n_failures: int
-    """Images without."""
+    """Those of them without features."""
     seconds: dict[str, float]
     """Wall-clock seconds of each operation: read, decode, featurize, store."""
     worker: str

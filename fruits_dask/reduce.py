@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from zipfile import BadZipFile
 
 import dask.array as da
 import dask.bag as db
@@ -16,8 +17,8 @@ from dask import delayed
 from numpy.typing import NDArray
 
 from . import layout
-from .errors import ReduceError, ResultError
-from .features import read_vectors, schema_metadata, vector_table, write_table
+from .errors import ReduceError, ResultError, StorageError
+from .features import read_vectors, vector_table, write_table
 from .records import TRAINING_SPLITS, PartCount, StoreOptions
 from .storage import Store, open_store
 
@@ -30,6 +31,10 @@ _CHUNK_ROWS = 1024
 # Rows of one batch of IncrementalPCA. Each batch but the first loses a little accuracy, because
 # only the kept components of the earlier ones enter it. 8,192 x 1,280 float64 are 84 MB.
 _BATCH_ROWS = 8192
+_ALL_SAME = (
+    "all {n_samples} images have the same features, so there is no variance to explain; check that "
+    "the input holds different photos"
+)
 # Fitting this many times the wanted components makes that loss negligible.
 _OVERSAMPLING = 2
 
@@ -129,18 +134,20 @@ def fit_pca(
             f"features{' in the training split' if any(c.n_training for c in counts) else ''}; "
             "the features are stored, look into failures/ or give more images"
         )
-    store = open_store(output, options)
-    path = layout.part_path(output, layout.FEATURES, chunks[0].counts[0].index)
-    n_features = read_vectors(store, path, "features").vectors.shape[1]
+    first_row = _first_row(open_store(output, options), output, chunks[0])
+    n_features = len(first_row)
     # Centred rows span one dimension less than there are rows.
     largest = min(n_samples - 1, n_features)
     wanted = min(int(components), largest) if components >= 1 else largest
     n_fit = min(_OVERSAMPLING * wanted, largest)
     batches = _plan_batches(chunks, n_fit)
-    estimator = _primed_estimator(_first_row(store, output, chunks[0]), n_fit)
+    estimator = _primed_estimator(first_row, n_fit)
     for n_done, batch in enumerate(batches):
         on_batch(n_done)
-        estimator.partial_fit(_matrix(output, options, batch, n_features, skip=int(n_done == 0)))
+        matrix = _matrix(output, options, batch, n_features, skip=int(n_done == 0))
+        if len(batches) == 1 and not (matrix != first_row).any().compute():
+            raise ReduceError(_ALL_SAME.format(n_samples=n_samples))  # before dask-ml divides by 0
+        estimator.partial_fit(matrix)
     on_batch(len(batches))
     return _select(_model(estimator, n_samples), components)
 
@@ -261,10 +268,7 @@ def _select(model: PcaModel, components: float) -> PcaModel:
     tolerance = max(values[0], scale) * max(model.components.shape) * np.finfo(np.float64).eps
     rank = int((values > tolerance).sum())
     if rank == 0:
-        raise ReduceError(
-            f"all {model.n_samples} images have the same features, so there is no variance to "
-            "explain; check that the input holds different photos"
-        )
+        raise ReduceError(_ALL_SAME.format(n_samples=model.n_samples))
     wanted = components
     if components < 1:
         reached = np.cumsum(model.explained_variance_ratio[:rank])
@@ -272,9 +276,9 @@ def _select(model: PcaModel, components: float) -> PcaModel:
     k = min(int(wanted), rank)
     if k < wanted:
         logger.warning(
-            "%d images with different features allow %d components, fewer than the %d asked for",
-            model.n_samples,
+            "%d components are all that the features of %d images allow; %d were asked for",
             k,
+            model.n_samples,
             wanted,
         )
     return _truncate(model, k)
@@ -319,9 +323,9 @@ def read_model(store: Store, output: str) -> PcaModel:
         with np.load(io.BytesIO(store.read(path)), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         return PcaModel(**{**arrays, "n_samples": int(arrays["n_samples"])})
-    except (ValueError, TypeError, KeyError, OSError) as exc:
-        if isinstance(exc, FileNotFoundError):
-            raise
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile) as exc:
         raise ResultError(f"{path} is damaged ({exc}); run `reduce` again") from exc
 
 
@@ -355,8 +359,7 @@ def write_scores(output: str, options: StoreOptions, index: int) -> int:
     path = layout.part_path(output, layout.FEATURES, index)
     part = read_vectors(store, path, "features")
     scores = read_model(store, output).transform(part.vectors)
-    described = schema_metadata(store, path)
-    table = vector_table(part.keys, scores, "scores", described)
+    table = vector_table(part.keys, scores, "scores", part.metadata)
     write_table(store, layout.part_path(output, layout.SCORES, index), table)
     return len(table)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from .records import FORMAT_VERSION
 from .reduce import iterate_scores
 from .storage import Store, is_temporary
 
-_RECORD_KEYS = {"fingerprint", "identity", "stages"}
+logger = logging.getLogger(__name__)
+
+_RECORD_KEYS = {"fingerprint", "identity", "settings", "stages", "versions"}
 _VERSIONED = (
     "fruits_dask",
     "dask",
@@ -50,6 +53,10 @@ class Identity:
         """SHA-256 of the values, hexadecimal."""
         canonical = json.dumps(self.values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def replaced(self, **values: object) -> Identity:
+        """Return an identity with some values replaced."""
+        return Identity(values={**self.values, **values})
 
 
 def read_record(store: Store, output: str) -> dict[str, Any] | None:
@@ -113,6 +120,7 @@ def new_record(identity: Identity) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "fingerprint": identity.fingerprint,
         "identity": identity.values,
+        "settings": {},
         "versions": dict(_versions()),
         "stages": {},
     }
@@ -145,6 +153,8 @@ def check_same(found: Mapping[str, Any], identity: Identity, output: str) -> Non
 def check_ours(names: Collection[str], output: str, *, overwrite: bool) -> None:
     """Refuse a folder that holds something else, or what is left of a result.
 
+    What lies beside a result is left alone, so it is no reason to refuse its resumption.
+
     Parameters
     ----------
     names : collection of str
@@ -157,12 +167,11 @@ def check_ours(names: Collection[str], output: str, *, overwrite: bool) -> None:
     Raises
     ------
     OutputExistsError
-        If there are files whose names are not those of a result, or, without `overwrite`, files of
-        those names without the run.json that says what they are.
+        If files that are not of a result would be in the way.
     """
-    known = [name for name in names if not (_top(name) == layout.LOCKS or is_temporary(name))]
-    strange = sorted(name for name in known if _top(name) not in layout.RESULT_NAMES)
-    if strange:
+    known = [name for name in names if not (layout.is_ignored_name(name) or is_temporary(name))]
+    strange = sorted(name for name in known if not layout.is_result_name(name))
+    if strange and (overwrite or layout.RUN_JSON not in known):
         raise OutputExistsError(
             f"{output} holds {len(strange)} files that are not of fruits_dask, such as "
             f"{strange[0]}; give an --output of its own"
@@ -183,17 +192,25 @@ def remove_result(store: Store, output: str) -> None:
 def remove_temporaries(store: Store, output: str, names: Collection[str]) -> None:
     """Remove what local writes of a killed run left behind; `names` is all below the output."""
     for name in names:
-        if is_temporary(name) and _top(name) != layout.LOCKS:
+        if is_temporary(name) and not layout.is_ignored_name(name):
             store.remove(layout.join(output, name))
-
-
-def _top(name: str) -> str:
-    return name.split("/", 1)[0]
 
 
 def is_complete(store: Store, output: str) -> bool:
     """Tell whether the result is finished."""
     return store.exists(layout.join(output, layout.SUCCESS))
+
+
+def check_versions(record: dict[str, Any]) -> None:
+    """Warn when a result is gone on with by other versions, and note them in the record."""
+    known, now = record["versions"], dict(_versions())
+    changed = [
+        f"{name} {known.get(name)} -> {now[name]}" for name in now if known.get(name) != now[name]
+    ]
+    if changed:
+        logger.warning("this result was begun with other versions: %s", ", ".join(changed))
+        record["versions"] = now
+        record["earlier_versions"] = [*record.get("earlier_versions", []), known]
 
 
 def write_success(store: Store, output: str) -> None:

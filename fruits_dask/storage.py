@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from .errors import AccessDeniedError, ConfigError, NotFoundError, StorageError
 from .records import ObjectInfo, StoreOptions
@@ -120,8 +121,25 @@ def normalize(address: str) -> str:
     if scheme not in ("", "file"):
         shown = re.sub("//[^/]*@", "//***@", address)  # there may be a password
         raise ConfigError(f"{shown!r} is not supported; give a local folder or s3://bucket/prefix")
-    local = address.removeprefix("file://") if scheme else address
-    return str(Path(os.path.abspath(Path(local).expanduser())))  # noqa: PTH100 - keeps symlinks
+    local = _file_url_path(address) if scheme else address
+    path = os.path.abspath(Path(local).expanduser())  # noqa: PTH100 - keeps symlinks
+    try:
+        path.encode()
+    except UnicodeEncodeError as exc:
+        raise ConfigError(f"{path!r} is no valid UTF-8; rename the folder") from exc
+    return path
+
+
+def real_path(address: str) -> str:
+    """Return an address with the links in it followed; an s3:// address as it is."""
+    return address if is_s3(address) else os.path.realpath(address)
+
+
+def _file_url_path(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.netloc not in ("", "localhost"):
+        raise ConfigError(f"{address!r} is on another machine; give a local folder or s3://")
+    return url2pathname(parts.path)
 
 
 def open_store(address: str, options: StoreOptions) -> Store:
@@ -322,7 +340,8 @@ def _walk(
         if _holds(entry.is_dir):
             yield from _walk(entry.path, suffixes, (*ancestors, identity))
         elif _holds(entry.is_file) and entry.name.lower().endswith(suffixes):
-            yield _local_object(entry)
+            with contextlib.suppress(FileNotFoundError):  # removed while we list
+                yield _local_object(entry)
 
 
 def _local_object(entry: os.DirEntry[str]) -> ObjectInfo:

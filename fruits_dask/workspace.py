@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import layout
 from .config import Settings
-from .errors import InputError, NotFoundError, ResultError
-from .featurize.weights import Weights, load_weights
+from .errors import InputError, NotFoundError, OutputExistsError, ResultError
+from .featurize.weights import Weights, load_weights, normalize_name
 from .lock import OutputLock
 from .progress import Progress
 from .records import FORMAT_VERSION
@@ -21,20 +23,25 @@ from .results import (
     Identity,
     check_ours,
     check_same,
+    check_versions,
     is_complete,
     new_record,
     read_record,
     remove_result,
     remove_temporaries,
     write_record,
+    write_success,
 )
-from .storage import Store, is_s3, normalize, open_store
+from .storage import Store, is_s3, normalize, open_store, real_path
 
 SAMPLE_BUCKET = "fruits-sample"
 SAMPLE_ADDRESS = f"s3://{SAMPLE_BUCKET}/photos"
 
+# Not stored for later commands: they belong to a machine or a moment, not to the result.
+_PASSING_SETTINGS = {"cluster", "workers", "memory_limit", "dashboard_address", "output"}
 
-@dataclass(slots=True, kw_only=True)
+
+@dataclass(kw_only=True)
 class Workspace:
     """All that the stages of a run share."""
 
@@ -44,8 +51,8 @@ class Workspace:
     """Where the output is."""
     output: str
     """Its address."""
-    weights: Weights
-    """What makes the features."""
+    lock: OutputLock
+    """Held while this is worked on."""
     record: dict[str, Any]
     """Content of run.json."""
     progress: Progress
@@ -62,6 +69,31 @@ class Workspace:
         found: dict[str, dict[str, Any]] = self.record["stages"]
         return found
 
+    @cached_property
+    def weights(self) -> Weights:
+        """What makes the features, loaded when it is first asked for."""
+        options = self.settings.store_options
+        return load_weights(weights_name(self.settings), self.settings.backbone, options)
+
+    @property
+    def identity(self) -> Identity:
+        """What decides the tables; not how they are reached or how many workers there are."""
+        backbone = self.weights.backbone
+        return Identity(
+            values={
+                "format_version": FORMAT_VERSION,
+                "input": self.input,
+                "limit": self.settings.limit,
+                "max_megapixels": self.settings.max_megapixels,
+                "backbone": backbone.name,
+                "engine": self.settings.engine,
+                "weights_sha256": self.weights.sha256,
+                "image_px": backbone.image_px,
+                "preprocessing": backbone.preprocessing,
+                "components": self.settings.components,
+            }
+        )
+
     def path(self, name: str) -> str:
         """Address of something in the output."""
         return layout.join(self.output, name)
@@ -71,7 +103,14 @@ class Workspace:
         return self.store.exists(self.path(name))
 
     def save(self) -> None:
-        """Write run.json."""
+        """Write run.json.
+
+        Raises
+        ------
+        OutputLockedError
+            If another run took the output meanwhile.
+        """
+        self.lock.check()
         write_record(self.store, self.output, self.record)
 
     @contextmanager
@@ -98,12 +137,39 @@ class Workspace:
             )
 
     def forget_reduction(self) -> None:
-        """Remove what was made from the features, because they or the settings changed."""
-        for name in (layout.SUCCESS, layout.REPORT, "pca"):
-            self.store.remove(self.path(name))
+        """Remove what was made from the features, because they or the settings change.
+
+        The record is written before anything but `_SUCCESS` goes: at no moment does it claim what
+        is not there.
+        """
+        self.store.remove(self.path(layout.SUCCESS))
         for stage in ("reduce", "report"):
             self.stages.pop(stage, None)
         self.save()
+        for name in (layout.REPORT, "pca"):
+            self.store.remove(self.path(name))
+
+    def change_components(self) -> None:
+        """Take over the components of the settings into the identity, and forget the old ones."""
+        self.forget_reduction()
+        changed = {**self.record["identity"], "components": self.settings.components}
+        self.record |= {"identity": changed, "fingerprint": Identity(values=changed).fingerprint}
+        self.record["settings"]["components"] = self.settings.components
+        self.save()
+
+    def complete(self) -> None:
+        """Mark the result as complete, if it is.
+
+        Raises
+        ------
+        ResultError
+            If something is missing that the record says is there.
+        """
+        for name in (layout.MANIFEST, layout.PCA_MODEL, layout.SCORES_CSV, layout.REPORT):
+            if not self.has(name):
+                raise ResultError(f"{self.path(name)} is missing; start anew with --overwrite")
+        self.lock.check()
+        write_success(self.store, self.output)
 
 
 @contextmanager
@@ -112,7 +178,7 @@ def open_workspace(
     progress: Progress,
     *,
     overwrite: bool = False,
-    may_change: tuple[str, ...] = (),
+    keep_components: bool = False,
 ) -> Iterator[Workspace]:
     """Check all that can be checked before work, take the output for this run, and yield it.
 
@@ -124,8 +190,8 @@ def open_workspace(
         Who listens.
     overwrite : bool
         Remove the result that is there.
-    may_change : tuple of str
-        Names in the identity that may differ from the result that is there.
+    keep_components : bool
+        The work ahead has nothing to do with the components; those of the result stay.
 
     Yields
     ------
@@ -137,17 +203,57 @@ def open_workspace(
     FruitsDaskError
         If the output is not ours, of other settings, locked or outside the allowed regions.
     """
-    output = normalize(settings.output)
-    _check_input(input_address(settings), output)
-    regions = _check_residency(settings, output)
-    space = _look(settings, output, progress)
-    identity = _identity(settings, space.weights)
-    check_ours(_names(space), output, overwrite=overwrite)
-    with OutputLock(space.store, output):
-        _take_over(space, identity, overwrite=overwrite, may_change=may_change)
-        space.record["regions"] = regions
-        space.record["settings"] = _lasting(settings)
+    regions = check_addresses(settings)
+    space = _look(settings, progress)
+    identity = space.identity
+    with _held(space, overwrite=overwrite):
+        found = None if overwrite else read_record(space.store, space.output)
+        if found is None:
+            remove_result(space.store, space.output)
+            found = new_record(identity)
+        space.record = found
+        kept = found["identity"]["components"]
+        check_same(found, identity.replaced(components=kept), space.output)
+        check_versions(found)
+        found["regions"] = regions
+        found["settings"] = {**_lasting(settings), "components": kept}
+        found["weights"] = {"name": space.weights.name, "sha256": space.weights.sha256}
+        if kept != settings.components and not keep_components:
+            if "reduce" in space.stages:
+                check_same(found, identity, space.output)
+            space.change_components()
         space.save()
+        yield space
+
+
+@contextmanager
+def open_result(settings: Settings, progress: Progress) -> Iterator[Workspace]:
+    """Take a result for work that needs neither its input nor its weights.
+
+    Parameters
+    ----------
+    settings : Settings
+        As resolved from the result.
+    progress : Progress
+        Who listens.
+
+    Yields
+    ------
+    Workspace
+        Locked until the end of the block.
+
+    Raises
+    ------
+    FruitsDaskError
+        If there is no result, it is locked or outside the allowed regions.
+    """
+    space = _look(settings, progress)
+    _check_regions(settings, [space.output])
+    with _held(space, overwrite=False):
+        found = read_record(space.store, space.output)
+        if found is None:
+            raise ResultError(f"there is no result in {space.output}; `run` or `plan` makes one")
+        space.record = found
         yield space
 
 
@@ -171,105 +277,99 @@ def find_finished(settings: Settings, progress: Progress) -> Workspace | None:
     OutputExistsError
         If there is a complete result of other settings.
     """
-    output = normalize(settings.output)
-    _check_residency(settings, output)
-    store = open_store(output, settings.store_options)
-    record = read_record(store, output)
-    if record is None or not is_complete(store, output):
+    space = _look(settings, progress)
+    _check_regions(settings, [space.output])
+    record = read_record(space.store, space.output)
+    if record is None or not is_complete(space.store, space.output):
         return None
-    space = _look(settings, output, progress)
+    check_same(record, space.identity, space.output)
     space.record = record
-    check_same(record, _identity(settings, space.weights), output)
     return space
+
+
+def check_addresses(settings: Settings) -> dict[str, str]:
+    """Refuse input and output that overlap, are not there, or are where they must not be.
+
+    Parameters
+    ----------
+    settings : Settings
+        As resolved.
+
+    Returns
+    -------
+    dict of str to str
+        Address -> region.
+
+    Raises
+    ------
+    FruitsDaskError
+        Saying which address is at fault.
+    """
+    output = normalize(settings.output)
+    if not is_s3(output) and Path(output).is_file():
+        raise OutputExistsError(f"the output {output} is a file; give a folder or an s3:// prefix")
+    addresses = [output]
+    if settings.input is not None:
+        _check_input(input_address(settings), output)
+        addresses.append(input_address(settings))
+    if is_s3(weights_name(settings)):
+        addresses.append(weights_name(settings))
+    return _check_regions(settings, addresses)
 
 
 def input_address(settings: Settings) -> str:
     """Address below which the images are; without `input`, that of the sample photos."""
-    return normalize(settings.input or SAMPLE_ADDRESS)
-
-
-def _look(settings: Settings, output: str, progress: Progress) -> Workspace:
-    options = settings.store_options
-    return Workspace(
-        settings=settings,
-        store=open_store(output, options),
-        output=output,
-        weights=load_weights(weights_name(settings), settings.backbone, options),
-        record={},
-        progress=progress,
-    )
+    return SAMPLE_ADDRESS if settings.input is None else normalize(settings.input)
 
 
 def weights_name(settings: Settings) -> str:
-    """Name of the weights; `imagenet` for real photos, `fruits` for the sample."""
-    return settings.weights or ("imagenet" if settings.input else "fruits")
+    """Name of the weights, or their address; `imagenet` for photos, `fruits` for the sample."""
+    default = "fruits" if settings.input is None else "imagenet"
+    return normalize_name(settings.weights or default)
+
+
+def _look(settings: Settings, progress: Progress) -> Workspace:
+    output = normalize(settings.output)
+    store = open_store(output, settings.store_options)
+    lock = OutputLock(store, output)
+    return Workspace(
+        settings=settings, store=store, output=output, lock=lock, record={}, progress=progress
+    )
+
+
+@contextmanager
+def _held(space: Workspace, *, overwrite: bool) -> Iterator[None]:
+    names = [item.name for item in space.store.list_folder(space.output)]
+    check_ours(names, space.output, overwrite=overwrite)
+    with space.lock:
+        remove_temporaries(space.store, space.output, names)
+        yield
 
 
 def _check_input(source: str, output: str) -> None:
     if not is_s3(source) and not Path(source).is_dir():
         raise NotFoundError(f"there is no folder {source}; check the spelling of --input")
-    if f"{output}/".startswith(f"{source}/"):
+    inner, outer = f"{real_path(output)}/", f"{real_path(source)}/"
+    if inner.startswith(outer) or outer.startswith(inner):
         raise InputError(
-            f"the output {output} is inside the input {source}, which is never written; "
-            "give an --output outside of it"
+            f"the output {output} and the input {source} are one inside the other; the input is "
+            "never written, so give an --output beside it"
         )
 
 
-def _check_residency(settings: Settings, output: str) -> dict[str, str]:
-    addresses = [output]
-    if settings.input is not None:
-        addresses.append(input_address(settings))
-    if is_s3(weights_name(settings)):
-        addresses.append(normalize(weights_name(settings)))
+def _check_regions(settings: Settings, addresses: list[str]) -> dict[str, str]:
     regions = find_regions(addresses, settings.store_options)
-    check_regions(regions, settings.allowed_regions, endpoint_url=settings.endpoint_url)
+    endpoint_url = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+    check_regions(regions, settings.allowed_regions, endpoint_url=endpoint_url)
     return regions
 
 
-def _identity(settings: Settings, weights: Weights) -> Identity:
-    """Collect what decides the tables; not how they are reached or how many workers there are."""
-    return Identity(
-        values={
-            "format_version": FORMAT_VERSION,
-            "input": input_address(settings),
-            "limit": settings.limit,
-            "partition_size": settings.partition_size,
-            "max_megapixels": settings.max_megapixels,
-            "backbone": weights.backbone.name,
-            "engine": settings.engine,
-            "weights": weights.name,
-            "weights_sha256": weights.sha256,
-            "image_px": weights.backbone.image_px,
-            "preprocessing": weights.backbone.preprocessing,
-            "components": settings.components,
-        }
-    )
-
-
-def _names(space: Workspace) -> list[str]:
-    return [item.name for item in space.store.list_folder(space.output)]
-
-
-def _take_over(
-    space: Workspace, identity: Identity, *, overwrite: bool, may_change: tuple[str, ...]
-) -> None:
-    """Start a record, or go on with the one that is there."""
-    remove_temporaries(space.store, space.output, _names(space))
-    found = None if overwrite else read_record(space.store, space.output)
-    if found is None:
-        remove_result(space.store, space.output)
-        space.record = new_record(identity)
-        return
-    space.record = found
-    known = found["identity"]
-    changed = {name for name, value in identity.values.items() if known.get(name) != value}
-    if changed and changed <= set(may_change):
-        found |= {"identity": identity.values, "fingerprint": identity.fingerprint}
-        space.forget_reduction()
-    check_same(found, identity, space.output)
-
-
 def _lasting(settings: Settings) -> dict[str, Any]:
-    """Return settings for later commands on this result; an embedded server is gone by then."""
+    """Return settings for later commands on this result, from whatever folder."""
     gone = {"endpoint_url", "anonymous"} if settings.input is None else set()
-    return settings.model_dump(mode="json", exclude=gone)
+    lasting = settings.model_dump(mode="json", exclude=gone | _PASSING_SETTINGS)
+    if settings.input is not None:
+        lasting["input"] = normalize(settings.input)
+    if settings.weights is not None:
+        lasting["weights"] = normalize_name(settings.weights)
+    return lasting

@@ -24,7 +24,6 @@ from fruits_dask.features import (
     part_indices,
     read_table,
     read_vectors,
-    schema_metadata,
     to_json,
     vector_table,
     write_failures,
@@ -88,7 +87,7 @@ def test_the_schema_is_that_of_the_design(local: Place, splits: list[str | None]
 
 
 def test_the_metadata_says_how_features_were_made(place: Place) -> None:
-    found = schema_metadata(place.store, write_part(place, 0, ["Test"]))
+    found = read_vectors(place.store, write_part(place, 0, ["Test"]), "features").metadata
     expected = {
         "model": "mobilenet_v2",
         "engine": "tensorflow",

@@ -174,11 +174,22 @@ def test_a_renewed_lock_does_not_get_stale(local: Place) -> None:
             OutputLock(local.store, local.root, stale_seconds=0.4).__enter__()
 
 
-def test_a_lock_that_is_not_renewed_gets_stale(local: Place) -> None:
+def test_a_sleeping_process_of_this_machine_keeps_its_lock(local: Place) -> None:
     with OutputLock(local.store, local.root, renew_seconds=60):
         time.sleep(0.5)
-        with OutputLock(local.store, local.root, stale_seconds=0.4):
-            pass
+        with pytest.raises(OutputLockedError, match="or end it"):
+            OutputLock(local.store, local.root, stale_seconds=0.4).__enter__()
+
+
+def test_a_run_notices_that_its_lock_was_taken_over(local: Place) -> None:
+    with OutputLock(local.store, local.root, renew_seconds=0.05) as lock:
+        lock.check()
+        for name in locks(local):
+            local.store.remove(f"{local.root}/.locks/{name}")
+        time.sleep(0.5)
+        with pytest.raises(OutputLockedError, match="took over"):
+            lock.check()
+        assert locks(local) == []
 
 
 def test_renewal_ends_with_the_block(local: Place) -> None:

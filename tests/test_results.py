@@ -53,7 +53,6 @@ WHOLE = (
     "pca/model.npz",
     "pca/scores/part-00000.parquet",
     "pca/scores.csv",
-    "classifier/metrics.json",
     "report.html",
     "report/dask-performance.html",
     "report/thumbnails/part-00000.parquet",
@@ -181,18 +180,35 @@ def test_a_result_and_what_a_killed_run_left_are_ours(
     check_ours(names, "/out", overwrite=overwrite)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "strange", ["thesis.txt", "photos/a.jpg", "features2/a", "Run.json", ".git/x", ".locksmith"]
+STRANGE = (
+    *("thesis.txt", "photos/a.jpg", "features2/a", "Run.json", ".git/x", ".locksmith"),
+    *("features/a.jpg", "features/part-00000.parquet/x", "report/thesis.txt", "pca/part-1.parquet"),
 )
-def test_strange_files_are_refused_whatever_is_asked(strange: str, overwrite: bool) -> None:
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("names", [WHOLE, ()])
+def test_strange_files_are_never_removed(strange: str, names: tuple[str, ...]) -> None:
     with pytest.raises(OutputExistsError, match="1 files that are not of fruits_dask") as caught:
-        check_ours([*WHOLE, strange], "/the/output", overwrite=overwrite)
+        check_ours([*names, strange], "/the/output", overwrite=True)
     assert strange in str(caught.value)
     assert "/the/output" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["report/thesis.txt", "features/part-00000.parquet", "_SUCCESS"])
+@pytest.mark.parametrize("strange", STRANGE)
+def test_strange_files_do_not_hinder_a_resumption(strange: str) -> None:
+    check_ours([*WHOLE, strange], "/the/output", overwrite=False)
+    with pytest.raises(OutputExistsError):
+        check_ours([strange], "/the/output", overwrite=False)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "features/Thumbs.db", "", "console/", ".doctor-1"])
+def test_what_desktops_and_consoles_leave_is_ignored(name: str) -> None:
+    check_ours([*WHOLE, name], "/out", overwrite=True)
+    check_ours([name], "/out", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["features/part-00000.parquet", "_SUCCESS"])
 def test_files_without_a_record_are_only_replaced_when_asked(name: str) -> None:
     with pytest.raises(OutputExistsError, match="--overwrite") as caught:
         check_ours([name], "/out", overwrite=False)

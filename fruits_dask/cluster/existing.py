@@ -12,7 +12,10 @@ from .workers import Workers
 
 _CONNECT_SECONDS = 20
 # What must be the same on both sides: these read each other's objects or decide the features.
-_SAME = ("fruits_dask", "dask", "distributed", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
+_SAME = (
+    *("fruits_dask", "dask", "distributed", "dask-ml", "fsspec", "s3fs"),
+    *("tensorflow", "keras", "h5py", "numpy", "pillow", "pyarrow"),
+)
 
 
 @contextmanager
@@ -45,7 +48,11 @@ def open_existing(address: str) -> Iterator[Workers]:
     with client:
         _check_workers(client, address)
         n_threads = min(client.nthreads().values())
-        yield Workers(client, n_threads=n_threads)
+        workers = Workers(client, n_threads=n_threads)
+        try:
+            yield workers
+        finally:
+            workers.withdraw()
 
 
 def _check_workers(client: Client, address: str) -> None:

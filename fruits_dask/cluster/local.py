@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # TensorFlow with MobileNetV2 and a chunk of images takes about 1 GB.
 _WORKER_BYTES = 1.5 * 2**30
+_LEAST_BYTES = 1 * 2**30
 
 
 def default_n_workers() -> int:
@@ -56,15 +59,17 @@ def open_local(
         If the workers do not start.
     """
     n_workers = n_workers or default_n_workers()
+    memory_bytes = memory_of_worker(memory_limit, n_workers)
     try:
-        cluster = LocalCluster(
-            n_workers=n_workers,
-            threads_per_worker=1,
-            memory_limit=_memory(memory_limit, n_workers),
-            host="127.0.0.1",
-            dashboard_address=_free_address(dashboard_address),
-            silence_logs=logging.ERROR,
-        )
+        with _interrupts_for_driver_only():
+            cluster = LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                memory_limit=memory_bytes,
+                host="127.0.0.1",
+                dashboard_address=_free_address(dashboard_address),
+                silence_logs=logging.CRITICAL,  # what matters comes back as an exception
+            )
     except (OSError, RuntimeError, TimeoutError) as exc:
         raise ClusterError(
             f"the local cluster did not start: {exc}; try --workers 1, or another "
@@ -74,15 +79,54 @@ def open_local(
         yield Workers(client, n_threads=max(1, CPU_COUNT // n_workers))
 
 
-def _memory(limit: str | None, n_workers: int) -> int:
-    if limit is None:
-        return int(MEMORY_LIMIT // n_workers)
+def memory_of_worker(limit: str | None, n_workers: int) -> int:
+    """Find the memory of one worker.
+
+    Parameters
+    ----------
+    limit : str or None
+        Such as ``4GiB``; None for an equal share of the machine.
+    n_workers : int
+        How many workers share it.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    ConfigError
+        If this is no amount of memory, or too little for TensorFlow.
+    """
     try:
-        return int(parse_bytes(limit))
+        n_bytes = int(MEMORY_LIMIT // n_workers if limit is None else parse_bytes(limit))
     except ValueError as exc:
         raise ConfigError(
             f"--memory-limit {limit!r} is no amount of memory; expected 4GiB or 3500MB"
         ) from exc
+    if n_bytes < _LEAST_BYTES:
+        raise ConfigError(
+            f"{n_workers} workers with {n_bytes / 2**20:,.0f} MiB each cannot work; a worker needs "
+            f"{_LEAST_BYTES / 2**30:g} GiB at least: give fewer --workers, or more --memory-limit"
+        )
+    return n_bytes
+
+
+@contextmanager
+def _interrupts_for_driver_only() -> Iterator[None]:
+    """Start processes that do not see Ctrl-C, which a terminal sends to all of them.
+
+    A blocked signal stays blocked in processes that are started now, and waits for this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_address(address: str) -> str:

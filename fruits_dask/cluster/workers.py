@@ -6,21 +6,28 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client, WorkerPlugin, as_completed, performance_report
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from ..errors import ClusterError, FruitsDaskError
 from ..featurize import get_featurizer, install_weights
-from ..records import FeaturizerSpec
+from ..records import FeaturizerSpec, StoreOptions
+from ..storage import open_store
 
 if TYPE_CHECKING:
     import dask.bag as db
 
 logger = logging.getLogger(__name__)
+
+_BUILD_SECONDS = 30
+# What distributed raises when its scheduler is gone.
+_LOST = (CommClosedError, OSError, TimeoutError, CancelledError)
 
 
 class WeightsPlugin(WorkerPlugin):  # type: ignore[misc]
@@ -34,16 +41,22 @@ class WeightsPlugin(WorkerPlugin):  # type: ignore[misc]
         The weights file.
     """
 
-    name = "fruits_dask-weights"
-
     def __init__(self, spec: FeaturizerSpec, weights: bytes) -> None:
+        self.name = f"fruits_dask-weights-{spec.weights_sha256[:12]}"
         self._spec = spec
         self._weights = weights
+        self._thread: threading.Thread | None = None
 
     def setup(self, worker: object) -> None:
         """Check and keep the weights, and start to build."""
         install_weights(self._spec.weights_sha256, self._weights)
-        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+        self._thread = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
+        self._thread.start()
+
+    def teardown(self, worker: object) -> None:
+        """Let the build end: TensorFlow aborts a process that ends in the middle of it."""
+        if self._thread is not None:
+            self._thread.join(_BUILD_SECONDS)
 
     def _warm_up(self) -> None:
         # A failure shows again, with its message, in the first task.
@@ -64,6 +77,7 @@ class Workers:
 
     def __init__(self, client: Client, *, n_threads: int) -> None:
         self._client = client
+        self._plugins: list[str] = []
         self.n_threads = n_threads
 
     @property
@@ -78,7 +92,37 @@ class Workers:
 
     def deliver(self, spec: FeaturizerSpec, weights: bytes) -> None:
         """Give the weights to every worker; each checks their SHA-256."""
-        self._client.register_plugin(WeightsPlugin(spec, weights))
+        plugin = WeightsPlugin(spec, weights)
+        self._client.register_plugin(plugin)
+        self._plugins.append(plugin.name)
+
+    def withdraw(self) -> None:
+        """Take back what was given, because borrowed workers live on."""
+        for name in self._plugins:
+            with suppress(*_LOST):
+                self._client.unregister_worker_plugin(name)
+
+    def check_reach(self, path: str, options: StoreOptions) -> None:
+        """Refuse workers that do not see an object of the output.
+
+        Parameters
+        ----------
+        path : str
+            Address of an object that is there.
+        options : StoreOptions
+            How to reach it.
+
+        Raises
+        ------
+        ClusterError
+            Naming a worker that does not see it.
+        """
+        for worker, is_there in self._client.run(_sees, path, options).items():
+            if not is_there:
+                raise ClusterError(
+                    f"the worker {worker} does not see {path}; use an s3:// output, or a folder "
+                    "that all workers mount at the same place"
+                )
 
     def run(self, bag: db.Bag | None) -> Iterator[Any]:
         """Compute a bag and yield its items as they come, in no particular order.
@@ -109,14 +153,31 @@ class Workers:
                 "of memory; give fewer --workers or a larger --memory-limit, then run again to "
                 "resume"
             ) from exc
+        except FruitsDaskError:
+            raise
+        except _LOST as exc:
+            raise ClusterError(
+                f"the connection to the scheduler was lost ({exc}); run again to resume"
+            ) from exc
         finally:
-            self._client.cancel(futures)
+            with suppress(*_LOST):
+                self._client.cancel(futures)
 
     @contextmanager
     def performance_report(self, keep: Callable[[Path], None]) -> Iterator[None]:
         """Record what the scheduler sees during the block, and hand the HTML file to `keep`."""
         with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
             target = Path(folder, "dask-performance.html")
-            with performance_report(str(target), mode="inline"):
-                yield
-            keep(target)
+            recorder = performance_report(str(target), mode="inline")
+            recorder.__enter__()
+            yield  # when the block fails, there is nothing to keep
+            try:
+                recorder.__exit__(None, None, None)
+            except _LOST as exc:
+                logger.warning("the Dask performance report could not be made: %s", exc)
+            else:
+                keep(target)
+
+
+def _sees(path: str, options: StoreOptions) -> bool:
+    return open_store(path, options).exists(path)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import numpy as np
 from ..errors import WeightsError
 from ..records import Features, FeaturizerSpec, Pixels
 from .backbones import Backbone, find_backbone
-from .quiet import quiet_import
 
 logger = logging.getLogger(__name__)
 
+_GREETING = re.compile(
+    rb"WARNING: All log messages before absl|[IWE]\d{4} |To enable the following"
+)
 # The best of 4 to 64 for a frozen MobileNetV2 on one to two CPU threads.
 BATCH_SIZE = 16
 
@@ -99,7 +104,7 @@ def build_model(backbone: Backbone, weights: bytes) -> Any:  # noqa: ANN401 - Ke
 
 
 def _import_tensorflow(n_threads: int) -> None:
-    with quiet_import():
+    with _quiet_import():
         import tensorflow as tf  # noqa: PLC0415
 
         try:
@@ -109,6 +114,26 @@ def _import_tensorflow(n_threads: int) -> None:
         except RuntimeError:
             logger.debug("TensorFlow runs already; its number of threads stays")
         tf.config.list_physical_devices()  # here, because it complains where there is no GPU
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Hold back what C++ writes to standard error, and let through what is no log line.
+
+    TensorFlow 2.21 writes a page to every log before any of its settings takes effect. This can go
+    when TF_CPP_MIN_LOG_LEVEL is honoured from the first line on.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not _GREETING.match(line)))
 
 
 def _freeze(model: Any, shape: tuple[int, ...]) -> Callable[[Pixels], Features]:  # noqa: ANN401

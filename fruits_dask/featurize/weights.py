@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from urllib.request import urlopen
 
 from ..errors import ConfigError, StorageError, WeightsError
 from ..records import FeaturizerSpec, StoreOptions
-from ..storage import normalize, open_store
+from ..storage import LocalStore, normalize, open_store
 from .backbones import (
     DEFAULT_BACKBONE,
     FRUITS_BACKBONE,
@@ -22,11 +21,11 @@ from .backbones import (
     Backbone,
     find_backbone,
 )
-from .quiet import quiet_import
 
 logger = logging.getLogger(__name__)
 
 FRUITS_FILE = "fruits.weights.h5"
+_DOWNLOAD_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,12 @@ def load_weights(name: str, backbone_name: str | None, options: StoreOptions) ->
         data = _file(name, options)
     _check_fit(name, data, backbone)
     sha256 = hashlib.sha256(data).hexdigest()
-    return Weights(name=name, backbone=backbone, data=data, sha256=sha256)
+    return Weights(name=normalize_name(name), backbone=backbone, data=data, sha256=sha256)
+
+
+def normalize_name(name: str) -> str:
+    """Return ``imagenet`` and ``fruits`` as they are, anything else as a normalized address."""
+    return name if name in ("imagenet", "fruits") else normalize(name)
 
 
 def imagenet_path(backbone: Backbone) -> Path:
@@ -114,31 +118,33 @@ def _imagenet(backbone: Backbone) -> bytes:
             f"--weights, or use --backbone {DEFAULT_BACKBONE}"
         )
     path = imagenet_path(backbone)
-    if not path.is_file():
-        _download(backbone, path)
-    return path.read_bytes()
+    return path.read_bytes() if path.is_file() else _download(backbone, path)
 
 
-def _download(backbone: Backbone, path: Path) -> None:
-    logger.info("downloading the ImageNet weights to %s", path)
-    with quiet_import():
-        from keras.utils import get_file  # noqa: PLC0415 - seconds, and rarely needed
-
+def _download(backbone: Backbone, path: Path) -> bytes:
+    """Fetch what keras.applications would, to where it would, without importing TensorFlow here."""
     url = IMAGENET_URL + str(backbone.imagenet_file)
+    logger.info("downloading %s to %s", url, path)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Keras prints its progress
-            get_file(backbone.imagenet_file, url, cache_subdir="models")
-    except Exception as exc:
+        with urlopen(url, timeout=_DOWNLOAD_SECONDS) as answer:  # noqa: S310 - a constant https URL
+            data = bytes(answer.read())
+    except OSError as exc:
         raise WeightsError(
             f"the ImageNet weights are neither in {path} nor could they be downloaded ({exc}). "
             "Download them on another machine from keras.applications and give the file with "
             "--weights FILE, set KERAS_HOME to a folder that has models/"
             f"{backbone.imagenet_file}, or use the bundled --weights fruits"
         ) from exc
+    _check_fit("imagenet", data, backbone)
+    try:
+        LocalStore().write(str(path), data)
+    except StorageError as exc:
+        logger.warning("the ImageNet weights could not be kept for the next run: %s", exc)
+    return data
 
 
 def _file(name: str, options: StoreOptions) -> bytes:
-    path = normalize(name)
+    path = normalize_name(name)
     try:
         return open_store(path, options).read(path)
     except StorageError as exc:
