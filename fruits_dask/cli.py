@@ -21,6 +21,7 @@ from . import __version__
 from .config import Resolved, Settings, flag_name, resolve, unknown_environment
 from .console import open_progress, set_up_logging
 from .errors import ConfigError, FruitsDaskError
+from .progress import Progress
 from .records import OPERATIONS, STAGES
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Call:
     """A TOML file."""
     verbose: int
     """How often -v was given."""
+    progress: Progress
+    """Shows how far the work is."""
     extras: dict[str, Any]
     """Options of one command only."""
 
@@ -132,9 +135,16 @@ def _command(
         def command(**given: Any) -> None:  # noqa: ANN401
             flags = {name: given.pop(name) for name in names}
             config, verbose = given.pop("config"), given.pop("verbose")
-            call = Call(flags=flags, config=config, verbose=verbose, extras=given)
-            with _reporting(verbose):
-                function(call)
+            with _reporting(verbose) as progress:
+                function(
+                    Call(
+                        flags=flags,
+                        config=config,
+                        verbose=verbose,
+                        progress=progress,
+                        extras=given,
+                    )
+                )
 
         parameters = [*extras, *(_extra(name, _option(name), None) for name in names), *_COMMON]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -159,14 +169,15 @@ def _option(name: str) -> object:
 
 
 @contextmanager
-def _reporting(verbose: int) -> Iterator[None]:
-    """Turn what goes wrong into one message and an exit code."""
-    console = _stderr()
+def _reporting(verbose: int) -> Iterator[Progress]:
+    """Show progress, and turn what goes wrong into one message and an exit code."""
+    console = Console(stderr=True)
     set_up_logging(console, verbose)
     _warn_of_environment(console)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
+        with open_progress(console) as progress:
+            yield progress
     except ConfigError as exc:
         _fail(console, exc, verbose, Exit.USAGE)
     except FruitsDaskError as exc:
@@ -203,10 +214,6 @@ def _warn_of_environment(console: Console) -> None:
         console.print(f"warning: {name} is no setting and is ignored{hint}", markup=False)
 
 
-def _stderr() -> Console:
-    return Console(stderr=True)
-
-
 def _resolve(call: Call, *, stored: bool = False) -> Resolved:
     """Resolve the settings; those of a result that is there come in when `stored`."""
     resolved = resolve(call.flags, config_file=call.config)
@@ -239,8 +246,9 @@ def run(call: Call) -> None:
         return
     from . import pipeline  # noqa: PLC0415 - dask and pyarrow take a second to import
 
-    progress = open_progress(_stderr())
-    outcome = pipeline.run(resolved.settings, overwrite=call.extras["overwrite"], progress=progress)
+    outcome = pipeline.run(
+        resolved.settings, overwrite=call.extras["overwrite"], progress=call.progress
+    )
     _conclude(outcome, resolved.settings)
 
 
@@ -250,8 +258,7 @@ def plan(call: Call) -> None:
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call).settings
-    progress = open_progress(_stderr())
-    outcome = pipeline.plan(settings, overwrite=call.extras["overwrite"], progress=progress)
+    outcome = pipeline.plan(settings, overwrite=call.extras["overwrite"], progress=call.progress)
     _print_plan(outcome)
 
 
@@ -261,8 +268,7 @@ def extract(call: Call) -> None:
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call).settings
-    progress = open_progress(_stderr())
-    outcome = pipeline.extract(settings, overwrite=call.extras["overwrite"], progress=progress)
+    outcome = pipeline.extract(settings, overwrite=call.extras["overwrite"], progress=call.progress)
     _conclude(outcome, settings)
 
 
@@ -272,7 +278,7 @@ def reduce(call: Call) -> None:
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call, stored=True).settings
-    _conclude(pipeline.reduce(settings, progress=open_progress(_stderr())), settings)
+    _conclude(pipeline.reduce(settings, progress=call.progress), settings)
 
 
 @_command("output", *_STORE)
@@ -281,7 +287,7 @@ def report(call: Call) -> None:
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call, stored=True).settings
-    _conclude(pipeline.report(settings, progress=open_progress(_stderr())), settings)
+    _conclude(pipeline.report(settings, progress=call.progress), settings)
 
 
 @_command("output", *_CLUSTER, "max_failed_share", *_STORE)
@@ -290,7 +296,7 @@ def retry_failed(call: Call) -> None:
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call, stored=True).settings
-    _conclude(pipeline.retry_failed(settings, progress=open_progress(_stderr())), settings)
+    _conclude(pipeline.retry_failed(settings, progress=call.progress), settings)
 
 
 @_command(*_STORE, extras=(_DESTINATION, _PER_LABEL))
@@ -303,7 +309,7 @@ def sample(call: Call) -> None:
     settings = _resolve(call).settings
     destination, per_label = call.extras["destination"], call.extras["per_label"]
     check_addresses(settings.model_copy(update={"input": None, "output": destination}))
-    progress = open_progress(_stderr())
+    progress = call.progress
     progress.start("sample", total=n_sample_images(n_per_label=per_label), unit="photos")
     n_images = demo.write_sample(
         destination, settings.store_options, n_per_label=per_label, on_written=progress.update

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -28,9 +30,17 @@ _LINE_SECONDS = 5.0
 _MIN_SECONDS = 0.5
 
 
-def open_progress(console: Console) -> Progress:
-    """Return the listener that fits where standard error goes."""
-    return LiveProgress(console) if console.is_terminal else LineProgress(console)
+@contextmanager
+def open_progress(console: Console) -> Iterator[Progress]:
+    """Yield the listener that fits where standard error goes; it leaves the console clean."""
+    if not console.is_terminal:
+        yield LineProgress(console)
+        return
+    live = LiveProgress(console)
+    try:
+        yield live
+    finally:
+        live.close()
 
 
 def set_up_logging(console: Console, verbosity: int) -> None:
@@ -113,7 +123,7 @@ class LiveProgress:
 
     def start(self, stage: str, *, total: int | None, unit: str, done: int = 0) -> None:
         """Show a bar for a stage."""
-        self._close()
+        self.close()
         self._stage, self._unit, self._meter = stage, unit, _Meter(total)
         self._bar = RichProgress(
             SpinnerColumn(),
@@ -138,7 +148,7 @@ class LiveProgress:
 
     def finish(self, note: str = "") -> None:
         """Replace the bar by one line."""
-        self._close()
+        self.close()
         self._console.print(
             f"[green]✓[/] [bold]{self._stage:8}[/] {self._meter.seconds:6.1f} s  {note}",
             highlight=False,
@@ -149,13 +159,11 @@ class LiveProgress:
         """Print a line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar:
             self._bar.stop()
             self._bar = None
-
-    def __del__(self) -> None:
-        self._close()
 
 
 class LineProgress:

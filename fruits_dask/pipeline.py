@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from .workspace import (
 
 if TYPE_CHECKING:
     import dask.bag as db
+
+logger = logging.getLogger(__name__)
 
 # Photos in the report: enough for a picture of the whole, few enough for a page of some megabytes.
 _REPORT_IMAGES = 1500
@@ -227,6 +230,9 @@ def _workers(space: Workspace) -> Iterator[Workers]:
 
 def _plan(space: Workspace) -> bool:
     if "plan" in space.stages and space.has(layout.MANIFEST):
+        size = space.stages["plan"]["partition_size"]
+        if space.settings.partition_size not in (None, size):
+            logger.warning("this result is cut into partitions of %d images, and stays so", size)
         return False
     with space.stage("plan") as facts:
         space.progress.start("plan", total=None, unit="images")

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import psutil
 from dask.system import CPU_COUNT
@@ -122,6 +123,8 @@ def _interrupts_for_driver_only() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # It unblocks signals when it starts, so it must not start on the way.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
