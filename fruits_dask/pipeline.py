@@ -15,6 +15,7 @@ from .config import Settings
 from .errors import ConfigError, InputError, ResultError
 from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
 from .features import part_indices, read_table
+from .featurize.weights import load_weights
 from .partition import partition_rows, partition_size
 from .progress import Progress, Silent
 from .records import PartCount, RowRange
@@ -27,9 +28,11 @@ from .storage import is_s3, open_store
 from .workspace import (
     SAMPLE_ADDRESS,
     Workspace,
+    check_addresses,
     find_finished,
     open_result,
     open_workspace,
+    weights_name,
 )
 
 if TYPE_CHECKING:
@@ -208,6 +211,8 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
         )
     from . import demo  # noqa: PLC0415 - moto is an extra
 
+    check_addresses(settings)  # before ten seconds are spent on the sample
+    load_weights(weights_name(settings), settings.backbone, settings.store_options)
     with demo.embedded_server() as endpoint_url:
         progress.start("sample", total=n_sample_images(), unit="photos")
         options = demo.public_options(endpoint_url)
@@ -226,6 +231,7 @@ def _workers(space: Workspace) -> Iterator[Workers]:
         target = space.path(layout.DASK_REPORT)
         with workers.performance_report(lambda html: space.store.upload(html, target)):
             yield workers
+    space.save()
 
 
 def _plan(space: Workspace) -> bool:
@@ -370,7 +376,8 @@ def _check_usable(space: Workspace) -> None:
 def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) -> None:
     if "reduce" in space.stages:
         return
-    with space.stage("reduce") as facts:
+    # Recorded when the workers are done, or a kill now would lose their performance report.
+    with space.stage("reduce", is_saved=False) as facts:
         start = time.perf_counter()
         model = _fit(space, counts or _count(space, workers))
         fitted = time.perf_counter()

@@ -114,14 +114,27 @@ class Workspace:
         write_record(self.store, self.output, self.record)
 
     @contextmanager
-    def stage(self, name: str, *, spent_seconds: float = 0.0) -> Iterator[dict[str, Any]]:
-        """Time a stage; what is put into the yielded dict is recorded when the stage completes."""
+    def stage(
+        self, name: str, *, spent_seconds: float = 0.0, is_saved: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """Time a stage; what is put into the yielded dict is recorded when the stage completes.
+
+        Parameters
+        ----------
+        name : str
+            Name of the stage.
+        spent_seconds : float
+            What earlier tries of the stage took.
+        is_saved : bool
+            Write run.json at once; else the caller does.
+        """
         facts: dict[str, Any] = {}
         start = time.perf_counter()
         yield facts
         facts["seconds"] = round(spent_seconds + time.perf_counter() - start, 3)
         self.stages[name] = facts
-        self.save()
+        if is_saved:
+            self.save()
 
     def require(self, stage: str) -> None:
         """Refuse to go on when an earlier stage is not complete.

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from servers import ACCESS_KEY, MISSING_S3RVER, SECRET_KEY, RecordingMoto, S3rver, S3Service
 
 from fruits_dask.storage import LocalStore, Store, open_store
+from servers import ACCESS_KEY, MISSING_S3RVER, SECRET_KEY, RecordingMoto, S3rver, S3Service
 
 # Read now: the environment of the session has no FRUITS_ variables.
 SHARED = Path(os.environ.get("FRUITS_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import command, names, photo, snapshot, write_photos
 from typer.testing import CliRunner, Result
 
 import fruits_dask
@@ -21,6 +20,7 @@ from fruits_dask.config import Settings, flag_name
 from fruits_dask.errors import ClusterError, ConfigError, FruitsDaskError
 from fruits_dask.records import FORMAT_VERSION
 from fruits_dask.sample import n_sample_images
+from jobs import command, names, photo, snapshot, write_photos
 
 COMMANDS = ("run", "plan", "extract", "reduce", "report", "retry-failed", "sample", "doctor")
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")

@@ -19,7 +19,6 @@ import dask
 import dask.bag as db
 import psutil
 import pytest
-from browser import MISSING, console_problems, open_browser, wait_for
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,6 +26,13 @@ from cryptography.x509.oid import NameOID
 from distributed import Client
 from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
+
+from browser import MISSING, console_problems, open_browser, wait_for
+from fruits_dask import layout
+from fruits_dask.cluster import Workers, check_cluster_name, existing, local, open_cluster
+from fruits_dask.config import resolve
+from fruits_dask.errors import ClusterError, ConfigError
+from fruits_dask.featurize.weights import load_weights
 from jobs import (
     OPTIONS,
     assert_same_tables,
@@ -37,12 +43,6 @@ from jobs import (
     wait_until,
     write_photos,
 )
-
-from fruits_dask import layout
-from fruits_dask.cluster import Workers, check_cluster_name, existing, local, open_cluster
-from fruits_dask.config import resolve
-from fruits_dask.errors import ClusterError, ConfigError
-from fruits_dask.featurize.weights import load_weights
 
 START_SECONDS = 60
 ANYWHERE = "127.0.0.1:0"

@@ -12,6 +12,22 @@ import pytest
 from distributed.protocol.pickle import dumps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
+from fruits_dask import extract, featurize, layout
+from fruits_dask.decode import decode, thumbnail
+from fruits_dask.errors import AccessDeniedError, StorageError, WeightsError
+from fruits_dask.extract import (
+    Tally,
+    counts_bag,
+    extract_partition,
+    extraction_bag,
+    retry_bag,
+    retry_partition,
+)
+from fruits_dask.features import count_part, metadata, read_vectors
+from fruits_dask.records import Features, FeaturizerSpec, PartCount, Pixels, RowRange
+from fruits_dask.storage import LocalStore, Store
 from jobs import (
     OPTIONS,
     SPEC,
@@ -33,22 +49,6 @@ from jobs import (
     vectors_of,
     write_photos,
 )
-from PIL import Image
-
-from fruits_dask import extract, featurize, layout
-from fruits_dask.decode import decode, thumbnail
-from fruits_dask.errors import AccessDeniedError, StorageError, WeightsError
-from fruits_dask.extract import (
-    Tally,
-    counts_bag,
-    extract_partition,
-    extraction_bag,
-    retry_bag,
-    retry_partition,
-)
-from fruits_dask.features import count_part, metadata, read_vectors
-from fruits_dask.records import Features, FeaturizerSpec, PartCount, Pixels, RowRange
-from fruits_dask.storage import LocalStore, Store
 
 MAX_CHANGES = 4
 

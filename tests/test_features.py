@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from conftest import Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from conftest import Place
 from fruits_dask import __version__, layout
 from fruits_dask.errors import NotFoundError, ResultError
 from fruits_dask.features import (

@@ -13,22 +13,24 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import h5py
 import numpy as np
 import pytest
-from jobs import OPTIONS, environment
 from numpy.typing import NDArray
-from servers import S3Service
 
 from fruits_dask import featurize
 from fruits_dask.decode import decode
 from fruits_dask.errors import ConfigError, WeightsError
 from fruits_dask.featurize import Featurizer, get_featurizer, install_weights
+from fruits_dask.featurize import weights as weights_module
 from fruits_dask.featurize.backbones import BACKBONES, FRUITS_BACKBONE, find_backbone
 from fruits_dask.featurize.keras import BATCH_SIZE, build_model
 from fruits_dask.featurize.weights import Weights, imagenet_path, load_weights
 from fruits_dask.records import Features, FeaturizerSpec, Pixels
+from jobs import OPTIONS, environment
+from servers import S3Service
 
 N_PHOTOS = 64
 # Promise 5. By row: largest difference over the largest value of that row; by norm: over all rows.
@@ -348,19 +350,16 @@ def test_imagenet_weights_are_found_where_keras_keeps_them(keras_home: Path) -> 
     assert load_weights("imagenet", None, OPTIONS).data == imagenet_path(backbone).read_bytes()
 
 
-@pytest.mark.slow
 def test_imagenet_weights_without_a_network_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import keras  # noqa: PLC0415
-
     asked: list[str] = []
 
-    def get_file(name: str, url: str, **options: object) -> str:
+    def unreachable(url: str, **options: object) -> None:
         asked.append(url)
-        raise OSError("no route to host")
+        raise URLError("no route to host")
 
-    monkeypatch.setattr(keras.utils, "get_file", get_file)
+    monkeypatch.setattr(weights_module, "urlopen", unreachable)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     with pytest.raises(WeightsError) as caught:
         load_weights("imagenet", None, OPTIONS)

@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Place
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
+from conftest import Place
 from fruits_dask.errors import OutputLockedError, StorageError
 from fruits_dask.lock import LockOwner, OutputLock
 from fruits_dask.storage import LocalStore, StoredObject

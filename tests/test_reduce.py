@@ -11,7 +11,6 @@ import dask
 import numpy as np
 import pyarrow as pa
 import pytest
-from jobs import OPTIONS, names, read_rows, vectors_of
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
@@ -29,6 +28,7 @@ from fruits_dask.reduce import (
     write_scores,
 )
 from fruits_dask.storage import LocalStore
+from jobs import OPTIONS, names, read_rows, vectors_of
 
 STORE = LocalStore()
 # Captured variance may fall short of the exact one by this share of it.

@@ -18,17 +18,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import browser
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import console_problems, open_browser, prefer, requested_urls, resize, wait_for
 from PIL import Image
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+import browser
+from browser import console_problems, open_browser, prefer, requested_urls, resize, wait_for
 from fruits_dask import layout
 from fruits_dask.errors import ResultError
 from fruits_dask.features import vector_table, write_failures, write_table, write_thumbnails

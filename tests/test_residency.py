@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Place
-from servers import RecordingMoto, S3rver, S3Service
 
+from conftest import Place
 from fruits_dask.errors import ConfigError, NotFoundError
 from fruits_dask.records import StoreOptions
 from fruits_dask.residency import LOCAL, UNSTATED, check_regions, find_regions
+from servers import RecordingMoto, S3rver, S3Service
 
 BUCKET = "s3://fruits/photos"
 

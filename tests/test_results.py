@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Place
 from fruits_dask import __version__, layout
 from fruits_dask.errors import OutputExistsError, ResultError
 from fruits_dask.features import vector_table, write_table

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Place
 from fruits_dask import source
 from fruits_dask.errors import InputError, NotFoundError
 from fruits_dask.partition import partition_rows

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from s3fs import S3FileSystem
-from servers import Answer, RecordingMoto, Request, S3rver, S3Service
 
+from conftest import Place
 from fruits_dask.errors import AccessDeniedError, ConfigError, NotFoundError, StorageError
 from fruits_dask.records import IMAGE_SUFFIXES, StoreOptions
 from fruits_dask.storage import (
@@ -32,6 +31,7 @@ from fruits_dask.storage import (
     normalize,
     open_store,
 )
+from servers import Answer, RecordingMoto, Request, S3rver, S3Service
 
 KEYS = {
     "space": "Apple Golden 1/r 0.jpg",

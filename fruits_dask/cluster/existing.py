@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from distributed import Client
+from distributed import Client, rpc
+from distributed.security import Security
 
 from ..errors import ClusterError
 from .workers import Workers
@@ -38,6 +41,8 @@ def open_existing(address: str) -> Iterator[Workers]:
         If nothing answers, there is no worker, or a worker has other versions.
     """
     try:
+        with ThreadPoolExecutor(1) as pool:  # a thread, because a notebook has a loop in this one
+            pool.submit(asyncio.run, _knock(address)).result()
         client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
     except (OSError, TimeoutError, ValueError, TypeError) as exc:
         raise ClusterError(
@@ -53,6 +58,13 @@ def open_existing(address: str) -> Iterator[Workers]:
             yield workers
         finally:
             workers.withdraw()
+
+
+async def _knock(address: str) -> None:
+    """Wait for an answer of the scheduler; a Client would wait for ever where something is mute."""
+    security = Security().get_connection_args("client")
+    async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, connection_args=security) as other:
+        await other.identity()
 
 
 def _check_workers(client: Client, address: str) -> None:
