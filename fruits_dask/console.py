@@ -26,6 +26,7 @@ from .progress import Progress
 
 # Plain lines come at most this often.
 _LINE_SECONDS = 5.0
+_WITH_TRACEBACKS = 2
 # No speed is stated before there is something to measure.
 _MIN_SECONDS = 0.5
 
@@ -55,9 +56,12 @@ def set_up_logging(console: Console, verbosity: int) -> None:
         information of the libraries.
     """
     ours = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
-    theirs = logging.INFO if verbosity > 1 else logging.ERROR
+    # What matters in a library comes back as an exception; its log is noise, most of all after ^C.
+    theirs = (logging.CRITICAL, logging.ERROR, logging.INFO)[min(verbosity, 2)]
 
     def is_wanted(record: logging.LogRecord) -> bool:
+        if verbosity < _WITH_TRACEBACKS:
+            record.exc_info = record.exc_text = None
         return record.levelno >= (ours if record.name.startswith("fruits_dask") else theirs)
 
     handler = RichHandler(console=console, show_path=False, show_time=verbosity > 0, markup=False)

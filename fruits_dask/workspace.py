@@ -290,8 +290,8 @@ def find_finished(settings: Settings, progress: Progress) -> Workspace | None:
     OutputExistsError
         If there is a complete result of other settings.
     """
+    _check_regions(settings, _addresses(settings))
     space = _look(settings, progress)
-    _check_regions(settings, [space.output])
     record = read_record(space.store, space.output)
     if record is None or not is_complete(space.store, space.output):
         return None
@@ -321,13 +321,9 @@ def check_addresses(settings: Settings) -> dict[str, str]:
     output = normalize(settings.output)
     if not is_s3(output) and Path(output).is_file():
         raise OutputExistsError(f"the output {output} is a file; give a folder or an s3:// prefix")
-    addresses = [output]
     if settings.input is not None:
         _check_input(input_address(settings), output)
-        addresses.append(input_address(settings))
-    if is_s3(weights_name(settings)):
-        addresses.append(weights_name(settings))
-    return _check_regions(settings, addresses)
+    return _check_regions(settings, _addresses(settings))
 
 
 def input_address(settings: Settings) -> str:
@@ -368,6 +364,16 @@ def _check_input(source: str, output: str) -> None:
             f"the output {output} and the input {source} are one inside the other; the input is "
             "never written, so give an --output beside it"
         )
+
+
+def _addresses(settings: Settings) -> list[str]:
+    """List everything that a run reads or writes."""
+    addresses = [normalize(settings.output)]
+    if settings.input is not None:
+        addresses.append(input_address(settings))
+    if is_s3(weights_name(settings)):
+        addresses.append(weights_name(settings))
+    return addresses
 
 
 def _check_regions(settings: Settings, addresses: list[str]) -> dict[str, str]:
