@@ -97,10 +97,7 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
     check_cluster_name(settings.cluster)
     if not overwrite and (finished := find_finished(settings, progress)):
         return Outcome(output=finished.output, record=finished.record, did_nothing=True)
-    with (
-        _photos(settings, progress) as ready,
-        open_workspace(ready, progress, overwrite=overwrite) as space,
-    ):
+    with _opened(settings, progress, overwrite=overwrite) as space:
         _plan(space)
         if "reduce" not in space.stages:
             with _workers(space) as workers:
@@ -112,10 +109,7 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
 
 def plan(settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT) -> Outcome:
     """List the input and store the manifest; read no image. See `run` for the parameters."""
-    with (
-        _photos(settings, progress) as ready,
-        open_workspace(ready, progress, overwrite=overwrite, keep_components=True) as space,
-    ):
+    with _opened(settings, progress, overwrite=overwrite, keep_components=True) as space:
         done = _plan(space)
         return Outcome(output=space.output, record=space.record, did_nothing=not done)
 
@@ -125,10 +119,7 @@ def extract(
 ) -> Outcome:
     """Make the features, after the plan if there is none. See `run` for the parameters."""
     check_cluster_name(settings.cluster)
-    with (
-        _photos(settings, progress) as ready,
-        open_workspace(ready, progress, overwrite=overwrite, keep_components=True) as space,
-    ):
+    with _opened(settings, progress, overwrite=overwrite, keep_components=True) as space:
         _plan(space)
         if "extract" in space.stages:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
@@ -186,7 +177,7 @@ def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome
         If the features are not complete.
     """
     check_cluster_name(settings.cluster)
-    with _photos(settings, progress) as ready, open_workspace(ready, progress) as space:
+    with _opened(settings, progress) as space:
         space.require("extract")
         if space.stages["extract"]["n_failures"] == 0:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
@@ -195,6 +186,24 @@ def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome
             _reduce(space, workers, counts)
         _report(space)
         return Outcome(output=space.output, record=space.record)
+
+
+@contextmanager
+def _opened(
+    settings: Settings,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    keep_components: bool = False,
+) -> Iterator[Workspace]:
+    """Open the workspace of a command that reads photos."""
+    with (
+        _photos(settings, progress) as ready,
+        open_workspace(
+            ready, progress, overwrite=overwrite, keep_components=keep_components
+        ) as space,
+    ):
+        yield space
 
 
 @contextmanager
