@@ -15,7 +15,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -570,7 +570,21 @@ def n_parts(place: Path, output: str) -> int:
     return len(list((place / output / layout.FEATURES).glob("part-*.parquet")))
 
 
-def wait_for_parts(place: Path, output: str, at_least: int) -> None:
+def holds_the_lock(place: Path, output: str, process: subprocess.Popen[str]) -> bool:
+    """Tell whether a run is at work: then it has its signal handlers, too."""
+    for lock in (place / output / layout.LOCKS).glob("*.json"):
+        with suppress(FileNotFoundError):
+            if json.loads(lock.read_text())["pid"] == process.pid:
+                return True
+    return False
+
+
+def wait_for_parts(place: Path, output: str, at_least: int, process: subprocess.Popen[str]) -> None:
+    wait_until(
+        lambda: holds_the_lock(place, output, process),
+        seconds=RUN_SECONDS,
+        what="the lock of the run",
+    )
     wait_until(
         lambda: n_parts(place, output) >= at_least,
         seconds=RUN_SECONDS,
@@ -670,7 +684,7 @@ def test_three_workers_give_the_same_tables_and_hold_the_output(
 ) -> None:
     """And a second run that comes meanwhile gives way, naming the first."""
     with running(place, "three", "--workers", "3") as first:
-        wait_for_parts(place, "three", 1)
+        wait_for_parts(place, "three", 1, first)
         second = command(*flags(place, "three"), cwd=place)
         assert second.returncode == 1
         assert f"process {first.pid}" in second.stderr
@@ -692,7 +706,7 @@ def test_a_driver_killed_three_times_ends_with_the_same_tables(
     print(f"seed {SEED}: killed at {moments} parts, {delays} s later")  # noqa: T201
     for moment, delay in zip(moments, delays, strict=True):
         with running(place, "killed") as process:
-            wait_for_parts(place, "killed", moment)
+            wait_for_parts(place, "killed", moment, process)
             wait_a_little(process, delay)
             if process.poll() is None:
                 process.kill()
@@ -719,7 +733,7 @@ def wait_a_little(process: subprocess.Popen[str], seconds: float) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(finished: Finished, place: Path) -> None:
     with running(place, "worker") as process:
-        wait_for_parts(place, "worker", 2)
+        wait_for_parts(place, "worker", 2, process)
         victim = worker_pids(process)[0]
         os.kill(victim, signal.SIGKILL)
         _, stderr = process.communicate(timeout=RUN_SECONDS)
@@ -741,7 +755,7 @@ def test_interrupted_runs_stop_cleanly_and_resume(finished: Finished, place: Pat
     """Ctrl-C, then SIGTERM to the second try, then to the end."""
     for number, at_least in ((signal.SIGINT, 2), (signal.SIGTERM, 5)):
         with running(place, "interrupted") as process:
-            wait_for_parts(place, "interrupted", at_least)
+            wait_for_parts(place, "interrupted", at_least, process)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
             assert process.returncode == 130, stderr
@@ -762,7 +776,7 @@ def test_interrupted_runs_stop_cleanly_and_resume(finished: Finished, place: Pat
 def test_ctrl_c_in_a_terminal_reaches_all_processes(place: Path) -> None:
     """The terminal sends SIGINT to the workers, too."""
     with running(place, "terminal") as process:
-        wait_for_parts(place, "terminal", 1)
+        wait_for_parts(place, "terminal", 1, process)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
