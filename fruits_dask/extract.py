@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.bag as db
 import numpy as np
 import pyarrow as pa
 
@@ -49,6 +48,10 @@ from .records import (
 )
 from .source import read_rows
 from .storage import ReadAhead, open_store
+from .tasks import bag_of
+
+if TYPE_CHECKING:
+    import dask.bag as db
 
 # Images that are decoded before the network sees them; bounds the pixels in memory.
 _CHUNK_IMAGES = 64
@@ -143,11 +146,6 @@ class Tally:
         }
 
 
-def _bag(items: Sequence[Any], function: Callable[[Any], object]) -> db.Bag | None:
-    """One task an item; dask.bag knows no empty bag."""
-    return db.from_sequence(items, npartitions=len(items)).map(function) if items else None
-
-
 def extraction_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None:
     """Describe the work of many partitions as a bag; nothing is computed.
 
@@ -163,17 +161,17 @@ def extraction_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None
     dask.bag.Bag or None
         Of `PartitionSummary`, one in each partition of the bag; None when there is nothing to do.
     """
-    return _bag(partitions, lambda rows: extract_partition(job, rows))
+    return bag_of(partitions, lambda rows: extract_partition(job, rows))
 
 
 def retry_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None:
     """Describe the work of `retry_partition` on many partitions as a bag."""
-    return _bag(partitions, lambda rows: retry_partition(job, rows))
+    return bag_of(partitions, lambda rows: retry_partition(job, rows))
 
 
 def counts_bag(output: str, options: StoreOptions, indices: list[int]) -> db.Bag | None:
     """Describe the counting of stored parts as a bag of `PartCount`, one in each partition."""
-    return _bag(indices, lambda index: count_part(open_store(output, options), output, index))
+    return bag_of(indices, lambda index: count_part(open_store(output, options), output, index))
 
 
 def extract_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:

@@ -24,7 +24,7 @@ FLOORS = (
     ("records", "layout", "progress"),
     ("config",),
     ("storage",),
-    ("residency", "source", "partition", "decode"),
+    ("residency", "source", "partition", "decode", "tasks"),
     ("featurize",),
     ("features",),
     ("reduce",),
