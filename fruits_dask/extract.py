@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 
 # Images that are decoded before the network sees them; bounds the pixels in memory.
 _CHUNK_IMAGES = 64
+# A worker has two tasks at a time: one computes while the other reads, decodes and stores. So the
+# network never waits for the store, and what is prefetched is bounded by one chunk.
+_computing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +245,9 @@ def _featurize_rows(
     outcome = _Outcome()
     decoded = _decoded(job, listed, outcome, clock)
     while chunk := list(islice(decoded, _CHUNK_IMAGES)):
-        with clock("featurize"):
-            vectors = featurizer(np.stack([pixels for _, pixels in chunk]))
+        batch = np.stack([pixels for _, pixels in chunk])
+        with _computing, clock("featurize"):
+            vectors = featurizer(batch)
         usable = np.asarray(np.isfinite(vectors).all(axis=1))
         outcome.vectors.append(vectors[usable])
         for (position, pixels), is_usable in zip(chunk, usable, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import layout
-from .cluster import Workers, check_cluster_name, open_cluster
+from .cluster import check_cluster_name, open_cluster
 from .config import Settings
 from .errors import ConfigError, InputError, ResultError
 from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
@@ -20,7 +20,6 @@ from .partition import partition_rows, partition_size
 from .progress import Progress, Silent
 from .records import PartCount, RowRange
 from .reduce import PcaModel, fit_pca, read_model, scores_bag, write_model
-from .report import write_report
 from .results import write_scores_csv
 from .sample import n_sample_images
 from .source import write_manifest
@@ -37,6 +36,9 @@ from .workspace import (
 
 if TYPE_CHECKING:
     import dask.bag as db
+
+    from .cluster.workers import Workers
+    from .records import FeaturizerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +100,9 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
     if not overwrite and (finished := find_finished(settings, progress)):
         return Outcome(output=finished.output, record=finished.record, did_nothing=True)
     with _opened(settings, progress, overwrite=overwrite) as space:
-        _plan(space)
         if "reduce" not in space.stages:
-            with _workers(space) as workers:
+            with _workers(space, featurize="extract" not in space.stages) as workers:
+                _plan(space)  # the workers start the engine meanwhile
                 counts = _extract(space, workers)
                 _reduce(space, workers, counts)
         _report(space)
@@ -109,7 +111,7 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
 
 def plan(settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT) -> Outcome:
     """List the input and store the manifest; read no image. See `run` for the parameters."""
-    with _opened(settings, progress, overwrite=overwrite, keep_components=True) as space:
+    with _opened(settings, progress, overwrite=overwrite, keep_reduction=True) as space:
         done = _plan(space)
         return Outcome(output=space.output, record=space.record, did_nothing=not done)
 
@@ -119,11 +121,11 @@ def extract(
 ) -> Outcome:
     """Make the features, after the plan if there is none. See `run` for the parameters."""
     check_cluster_name(settings.cluster)
-    with _opened(settings, progress, overwrite=overwrite, keep_components=True) as space:
-        _plan(space)
+    with _opened(settings, progress, overwrite=overwrite, keep_reduction=True) as space:
         if "extract" in space.stages:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
-        with _workers(space) as workers:
+        with _workers(space, featurize=True) as workers:
+            _plan(space)
             _extract(space, workers)
         return Outcome(output=space.output, record=space.record)
 
@@ -141,12 +143,12 @@ def reduce(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
     check_cluster_name(settings.cluster)
     with open_result(settings, progress) as space:
         space.require("extract")
-        is_new = space.record["identity"]["components"] != settings.components
+        is_new = not space.record["identity"].items() >= space.reduction.items()
         if "reduce" in space.stages and not is_new:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
-        with _workers(space) as workers:
+        with _workers(space, featurize=False) as workers:
             if is_new:
-                space.change_components()
+                space.change_reduction()
             _reduce(space, workers, None)
         return Outcome(output=space.output, record=space.record)
 
@@ -181,7 +183,7 @@ def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome
         space.require("extract")
         if space.stages["extract"]["n_failures"] == 0:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
-        with _workers(space) as workers:
+        with _workers(space, featurize=True) as workers:
             counts = _retry(space, workers)
             _reduce(space, workers, counts)
         _report(space)
@@ -194,13 +196,13 @@ def _opened(
     progress: Progress,
     *,
     overwrite: bool = False,
-    keep_components: bool = False,
+    keep_reduction: bool = False,
 ) -> Iterator[Workspace]:
     """Open the workspace of a command that reads photos."""
     with (
         _photos(settings, progress) as ready,
         open_workspace(
-            ready, progress, overwrite=overwrite, keep_components=keep_components
+            ready, progress, overwrite=overwrite, keep_reduction=keep_reduction
         ) as space,
     ):
         yield space
@@ -231,10 +233,17 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
 
 
 @contextmanager
-def _workers(space: Workspace) -> Iterator[Workers]:
-    """Open the cluster, and keep what its scheduler saw."""
+def _workers(space: Workspace, *, featurize: bool) -> Iterator[Workers]:
+    """Open the cluster, let it start the engine if there is use for it, and keep what Dask saw."""
     space.progress.say("starting workers")
+    start = time.perf_counter()
     with open_cluster(space.settings) as workers:
+        if featurize:
+            workers.deliver(_spec(space, workers), space.weights.data)
+        space.record["workers"] = {
+            "n_workers": workers.n_workers,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
         space.progress.say(f"{workers.n_workers} workers, Dask dashboard: {workers.dashboard_url}")
         workers.check_reach(space.path(layout.RUN_JSON), space.settings.store_options)
         target = space.path(layout.DASK_REPORT)
@@ -271,13 +280,18 @@ def _partitions(space: Workspace) -> list[RowRange]:
     return partition_rows(planned["n_images"], planned["partition_size"])
 
 
+def _spec(space: Workspace, workers: Workers) -> FeaturizerSpec:
+    settings = space.settings
+    return space.weights.spec(
+        engine=settings.engine, precision=settings.precision, n_threads=workers.n_threads
+    )
+
+
 def _extract_job(space: Workspace, workers: Workers) -> ExtractJob:
-    spec = space.weights.spec(engine=space.settings.engine, n_threads=workers.n_threads)
-    workers.deliver(spec, space.weights.data)
     return ExtractJob(
         output=space.output,
         options=space.settings.store_options,
-        spec=spec,
+        spec=_spec(space, workers),
         max_megapixels=space.settings.max_megapixels,
         concurrent_reads=space.settings.concurrent_reads,
         thumbnail_step=-(-space.stages["plan"]["n_images"] // _REPORT_IMAGES),
@@ -435,6 +449,8 @@ def _write_scores(space: Workspace, workers: Workers) -> None:
 
 
 def _report(space: Workspace) -> None:
+    from .report import write_report  # noqa: PLC0415 - bokeh is not needed to plan
+
     if "report" not in space.stages:
         with space.stage("report"):
             space.progress.start("report", total=None, unit="")

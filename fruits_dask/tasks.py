@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import dask.bag as db
+if TYPE_CHECKING:
+    import dask.bag as db
 
 _T = TypeVar("_T")
 
@@ -26,4 +27,6 @@ def bag_of(items: Sequence[_T], function: Callable[[_T], object]) -> db.Bag | No
         Of what `function` returns, one item in each partition of the bag; None when there is
         nothing to do, because dask.bag knows no empty bag.
     """
+    import dask.bag as db  # noqa: PLC0415 - planning needs no Dask
+
     return db.from_sequence(items, npartitions=len(items)).map(function) if items else None

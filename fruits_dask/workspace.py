@@ -37,6 +37,7 @@ from .storage import Store, is_s3, normalize, open_store, real_path
 SAMPLE_BUCKET = "fruits-sample"
 SAMPLE_ADDRESS = f"s3://{SAMPLE_BUCKET}/photos"
 
+_REDUCTION = {"components", "reducer"}
 # Not stored for later commands: they belong to a machine or a moment, not to the result.
 _PASSING_SETTINGS = {"cluster", "workers", "memory_limit", "dashboard_address", "output"}
 
@@ -87,12 +88,18 @@ class Workspace:
                 "max_megapixels": self.settings.max_megapixels,
                 "backbone": backbone.name,
                 "engine": self.settings.engine,
+                "precision": self.settings.precision,
                 "weights_sha256": self.weights.sha256,
                 "image_px": backbone.image_px,
                 "preprocessing": backbone.preprocessing,
-                "components": self.settings.components,
+                **self.reduction,
             }
         )
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """Settings of the reduction, which can change while the features stay."""
+        return self.settings.model_dump(include=_REDUCTION)
 
     def path(self, name: str) -> str:
         """Address of something in the output."""
@@ -162,12 +169,13 @@ class Workspace:
         for name in (layout.REPORT, "pca"):
             self.store.remove(self.path(name))
 
-    def change_components(self) -> None:
-        """Take over the components of the settings into the identity, and forget the old ones."""
+    def change_reduction(self) -> None:
+        """Take over how the settings reduce into the identity, and forget the old scores."""
         self.forget_reduction()
-        changed = {**self.record["identity"], "components": self.settings.components}
+        wanted = self.reduction
+        changed = {**self.record["identity"], **wanted}
         self.record |= {"identity": changed, "fingerprint": Identity(values=changed).fingerprint}
-        self.record["settings"]["components"] = self.settings.components
+        self.record["settings"] |= wanted
         self.save()
 
     def complete(self) -> None:
@@ -191,7 +199,7 @@ def open_workspace(
     progress: Progress,
     *,
     overwrite: bool = False,
-    keep_components: bool = False,
+    keep_reduction: bool = False,
 ) -> Iterator[Workspace]:
     """Check all that can be checked before work, take the output for this run, and yield it.
 
@@ -203,8 +211,8 @@ def open_workspace(
         Who listens.
     overwrite : bool
         Remove the result that is there.
-    keep_components : bool
-        The work ahead has nothing to do with the components; those of the result stay.
+    keep_reduction : bool
+        The work ahead is not the reduction; how the result does that stays.
 
     Yields
     ------
@@ -225,16 +233,16 @@ def open_workspace(
             remove_result(space.store, space.output)
             found = new_record(identity)
         space.record = found
-        kept = found["identity"]["components"]
-        check_same(found, identity.replaced(components=kept), space.output)
+        kept = {name: found["identity"].get(name) for name in _REDUCTION}
+        check_same(found, identity.replaced(**kept), space.output)
         check_versions(found)
         found["regions"] = regions
-        found["settings"] = {**_lasting(settings), "components": kept}
+        found["settings"] = _lasting(settings) | kept
         found["weights"] = {"name": space.weights.name, "sha256": space.weights.sha256}
-        if kept != settings.components and not keep_components:
+        if kept != space.reduction and not keep_reduction:
             if "reduce" in space.stages:
                 check_same(found, identity, space.output)
-            space.change_components()
+            space.change_reduction()
         space.save()
         yield space
 

@@ -29,7 +29,8 @@ from distributed.system import MEMORY_LIMIT
 
 from browser import MISSING, console_problems, open_browser, wait_for
 from fruits_dask import layout
-from fruits_dask.cluster import Workers, check_cluster_name, existing, local, open_cluster
+from fruits_dask.cluster import check_cluster_name, existing, local, open_cluster
+from fruits_dask.cluster.workers import Workers
 from fruits_dask.config import resolve
 from fruits_dask.errors import ClusterError, ConfigError
 from fruits_dask.featurize.weights import load_weights

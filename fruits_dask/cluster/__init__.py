@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from ..config import Settings
 from ..errors import ConfigError
-from .workers import Workers
 
-__all__ = ["Workers", "check_cluster_name", "open_cluster"]
+if TYPE_CHECKING:
+    from .workers import Workers
+
+__all__ = ["check_cluster_name", "open_cluster"]
 
 _ADDRESS_PREFIXES = ("tcp://", "tls://")
 

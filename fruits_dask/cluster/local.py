@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # TensorFlow with MobileNetV2 and a chunk of images takes about 1 GB.
 _WORKER_BYTES = 1.5 * 2**30
 _LEAST_BYTES = 1 * 2**30
+# One computes while the other reads, decodes and stores.
+_TASKS_AT_A_TIME = 2
 
 
 def default_n_workers() -> int:
@@ -50,7 +52,7 @@ def open_local(
     Yields
     ------
     Workers
-        Each with one thread; TensorFlow has threads of its own.
+        Each with two tasks at a time; the engine has threads of its own.
 
     Raises
     ------
@@ -65,7 +67,7 @@ def open_local(
         with _interrupts_for_driver_only():
             cluster = LocalCluster(
                 n_workers=n_workers,
-                threads_per_worker=1,
+                threads_per_worker=_TASKS_AT_A_TIME,
                 memory_limit=memory_bytes,
                 host="127.0.0.1",
                 dashboard_address=_free_address(dashboard_address),
