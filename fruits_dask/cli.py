@@ -66,8 +66,9 @@ class Call:
 
 _STORE = ("endpoint_url", "profile", "anonymous", "requester_pays", "allowed_regions")
 _CLUSTER = ("cluster", "workers", "memory_limit", "dashboard_address")
+_REDUCTION = ("components", "reducer")
 _FEATURES = (
-    *("input", "output", "weights", "backbone", "engine"),
+    *("input", "output", "weights", "backbone", "engine", "precision"),
     *("limit", "partition_size", "concurrent_reads", "max_megapixels"),
 )
 
@@ -232,7 +233,7 @@ def _resolve(call: Call, *, stored: bool = False) -> Resolved:
 
 @_command(
     *_FEATURES,
-    "components",
+    *_REDUCTION,
     *_CLUSTER,
     "max_failed_share",
     *_STORE,
@@ -272,9 +273,9 @@ def extract(call: Call) -> None:
     _conclude(outcome, settings)
 
 
-@_command("output", "components", *_CLUSTER, *_STORE)
+@_command("output", *_REDUCTION, *_CLUSTER, *_STORE)
 def reduce(call: Call) -> None:
-    """Fit the PCA on the stored features and write the scores; --components may be new."""
+    """Fit the PCA on the stored features and write the scores, perhaps with other components."""
     from . import pipeline  # noqa: PLC0415
 
     settings = _resolve(call, stored=True).settings

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -52,9 +52,22 @@ class Settings(BaseSettings):
     backbone: str | None = Field(
         None, description="Network that makes the features (default: the one of the weights)"
     )
-    engine: Literal["tensorflow"] = Field("tensorflow", description="What runs the network")
+    engine: Literal["tensorflow", "openvino"] = Field(
+        "tensorflow",
+        description="What runs the network: tensorflow, or openvino (faster, an extra package)",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="float32, or bf16: faster and less exact, with --engine openvino on CPUs "
+        "that have bfloat16",
+    )
     components: Components = Field(
         100, description="Principal components: a number, or a share of the variance such as 0.95"
+    )
+    reducer: Literal["incremental", "exact"] = Field(
+        "incremental",
+        description="How the components are fitted: incremental (dask-ml's IncrementalPCA), or "
+        "exact (from the covariance of all rows)",
     )
     cluster: str = Field(
         "local", description="local, or the address of a Dask scheduler (tcp:// or tls://)"
@@ -104,6 +117,13 @@ class Settings(BaseSettings):
         if number < 1 and not 0 < number < 1:
             raise ValueError("expected a whole number from 1, or a share between 0 and 1")
         return number
+
+    @field_validator("precision")
+    @classmethod
+    def _fits_engine(cls, value: str, info: ValidationInfo) -> str:
+        if value != "float32" and info.data.get("engine") != "openvino":
+            raise ValueError("is for --engine openvino alone")
+        return value
 
     @field_validator("endpoint_url")
     @classmethod

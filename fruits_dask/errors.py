@@ -50,6 +50,10 @@ class WeightsError(FruitsDaskError, ValueError):
     """Weights cannot be found, or do not fit the backbone."""
 
 
+class EngineError(FruitsDaskError, RuntimeError):
+    """What runs the network is not installed, or cannot do it on this machine."""
+
+
 class InputError(FruitsDaskError, ValueError):
     """The input holds nothing to work on, or overlaps the output."""
 

@@ -53,6 +53,7 @@ def metadata(spec: FeaturizerSpec) -> dict[str, str]:
     return {
         "model": spec.backbone,
         "engine": spec.engine,
+        "precision": spec.precision,
         "weights_sha256": spec.weights_sha256,
         "preprocessing": f"{spec.image_px} px, bilinear (Pillow); {spec.preprocessing}",
         "package_version": __version__,

@@ -79,7 +79,7 @@ class FeaturizerSpec:
     backbone: str
     """Name in the table of backbones."""
     engine: str
-    """``tensorflow``."""
+    """``tensorflow`` or ``openvino``."""
     weights_sha256: str
     """SHA-256 of the weights file, hexadecimal."""
     image_px: int
@@ -88,6 +88,8 @@ class FeaturizerSpec:
     """Length of a feature vector."""
     preprocessing: str
     """How 8-bit RGB becomes the model's input, in words."""
+    precision: str = "float32"
+    """Of the arithmetic: ``float32``, or ``bf16`` where the network stands it."""
     n_threads: int = field(default=1, compare=False)
     """Threads of the engine in one worker process; does not change the features."""
 

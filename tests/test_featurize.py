@@ -17,16 +17,19 @@ from urllib.error import URLError
 
 import h5py
 import numpy as np
+import openvino
 import pytest
 from numpy.typing import NDArray
 
 from fruits_dask import featurize
 from fruits_dask.decode import decode
-from fruits_dask.errors import ConfigError, WeightsError
+from fruits_dask.errors import ConfigError, EngineError, WeightsError
 from fruits_dask.featurize import Featurizer, get_featurizer, install_weights
 from fruits_dask.featurize import weights as weights_module
 from fruits_dask.featurize.backbones import BACKBONES, FRUITS_BACKBONE, find_backbone
+from fruits_dask.featurize.convert import convert
 from fruits_dask.featurize.keras import BATCH_SIZE, build_model
+from fruits_dask.featurize.openvino import OpenVinoFeaturizer
 from fruits_dask.featurize.weights import Weights, imagenet_path, load_weights
 from fruits_dask.records import Features, FeaturizerSpec, Pixels
 from jobs import OPTIONS, environment
@@ -35,6 +38,8 @@ from servers import S3Service
 N_PHOTOS = 64
 # Promise 5. By row: largest difference over the largest value of that row; by norm: over all rows.
 TOLERANCE = 1e-5
+# Of bfloat16 to float32, row by row.
+LOWEST_COSINE = 0.99
 PROBE_SECONDS = 60
 
 
@@ -72,14 +77,21 @@ def fruits() -> Weights:
     return load_weights("fruits", None, OPTIONS)
 
 
-def installed(weights: Weights) -> FeaturizerSpec:
+def installed(
+    weights: Weights, *, engine: str = "tensorflow", precision: str = "float32"
+) -> FeaturizerSpec:
     install_weights(weights.sha256, weights.data)
-    return weights.spec(engine="tensorflow", n_threads=2)
+    return weights.spec(engine=engine, precision=precision, n_threads=2)
+
+
+@pytest.fixture(scope="module", params=["tensorflow", "openvino"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def featurizer(weights: Weights) -> Featurizer:
-    return get_featurizer(installed(weights))
+def featurizer(engine: str, weights: Weights) -> Featurizer:
+    return get_featurizer(installed(weights, engine=engine))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +110,12 @@ def pixels(photos_of_both_sets: list[Path], weights: Weights) -> Pixels:
 @pytest.fixture(scope="module")
 def features(featurizer: Featurizer, pixels: Pixels) -> Features:
     return featurizer(pixels)
+
+
+def lowest_cosine(found: Features, expected: Features) -> float:
+    """Of all rows, the one that points farthest away from where it should."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((found * expected).sum(axis=1) / norms).min())
 
 
 def row_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -193,7 +211,77 @@ def test_the_same_pixels_give_the_same_bits(
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_calls(fruits: Weights, tmp_path: Path) -> None:
+def test_bf16_points_where_float32_does(weights: Weights, pixels: Pixels) -> None:
+    """It is another result, or it would be no choice; and a usable one, or it would be no offer."""
+    expected = get_featurizer(installed(weights, engine="openvino"))(pixels)
+    spec = installed(weights, engine="openvino", precision="bf16")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(EngineError, match="no bfloat16"):
+            get_featurizer(spec)
+        return
+    found = get_featurizer(spec)(pixels)
+    assert lowest_cosine(found, expected) >= LOWEST_COSINE
+    assert norm_difference(found, expected) > TOLERANCE
+
+
+@pytest.mark.slow
+def test_openvino_takes_any_number_of_threads(fruits: Weights, pixels: Pixels) -> None:
+    """Streams share the batches of a call; which of them takes which makes no difference."""
+    side = fruits.backbone.image_px
+    some = np.ascontiguousarray(pixels[:41, :side, :side])
+    spec = fruits.spec(engine="openvino")
+    rows = [
+        OpenVinoFeaturizer(replace(spec, n_threads=n_threads), fruits.data)(some)
+        for n_threads in (1, 3)
+    ]
+    assert row_difference(rows[1], rows[0]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_openvino_needs_no_tensorflow(fruits: Weights, tmp_path: Path) -> None:
+    """Neither the worker nor the process that converts imports it, or Keras in the worker."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('somebody imports TensorFlow')")
+    code = """
+import sys
+from fruits_dask.featurize import get_featurizer, install_weights
+from fruits_dask.featurize.weights import load_weights
+from fruits_dask.records import StoreOptions
+w = load_weights("fruits", None, StoreOptions())
+install_weights(w.sha256, w.data)
+get_featurizer(w.spec(engine="openvino"))
+assert "keras" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        file["numbers"] = np.zeros(7, np.float32)
+    with pytest.raises(EngineError, match=f"{FRUITS_BACKBONE} could not be converted"):
+        convert(FRUITS_BACKBONE, stream.getvalue(), tmp_path)
+
+
+def test_a_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch, fruits: Weights) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=r"pip install 'fruits_dask\[openvino\]'"):
+        OpenVinoFeaturizer(fruits.spec(engine="openvino"), fruits.data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_name", ["tensorflow", "openvino"])
+def test_memory_does_not_grow_with_the_calls(
+    engine_name: str, fruits: Weights, tmp_path: Path
+) -> None:
     """``model.predict`` in a loop leaks (keras#13118); 60 batches show it, after 10 to warm up."""
     code = f"""
 import gc, numpy as np, psutil
@@ -202,7 +290,7 @@ from fruits_dask.featurize.weights import load_weights
 from fruits_dask.records import StoreOptions
 w = load_weights("fruits", None, StoreOptions())
 install_weights(w.sha256, w.data)
-f = get_featurizer(w.spec(engine="tensorflow", n_threads=1))
+f = get_featurizer(w.spec(engine="{engine_name}", n_threads=1))
 x = np.zeros(({BATCH_SIZE}, w.backbone.image_px, w.backbone.image_px, 3), np.uint8)
 rss = psutil.Process().memory_info
 for _ in range(10): f(x)
@@ -226,9 +314,9 @@ gc.collect(); print(rss().rss - before)
 
 
 @pytest.mark.slow
-def test_a_featurizer_is_built_once(featurizer: Featurizer, weights: Weights) -> None:
+def test_a_featurizer_is_built_once(featurizer: Featurizer, weights: Weights, engine: str) -> None:
     """Also when the number of threads is another one, which changes no feature."""
-    spec = installed(weights)
+    spec = installed(weights, engine=engine)
     assert get_featurizer(spec) is featurizer
     assert get_featurizer(replace(spec, n_threads=1)) is featurizer
 

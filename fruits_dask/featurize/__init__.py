@@ -19,7 +19,7 @@ _featurizers: dict[FeaturizerSpec, Featurizer] = {}
 
 
 class Featurizer(Protocol):
-    """Turns decoded images into feature vectors."""
+    """Turns decoded images into feature vectors; not called by two threads at a time."""
 
     def __call__(self, pixels: Pixels) -> Features:
         """Compute features.
@@ -88,6 +88,10 @@ def _build(spec: FeaturizerSpec) -> Featurizer:
             f"weights {spec.weights_sha256[:12]} are not on this worker; the driver delivers them "
             "when the cluster is opened"
         )
+    if spec.engine == "openvino":
+        from .openvino import OpenVinoFeaturizer  # noqa: PLC0415 - an extra
+
+        return OpenVinoFeaturizer(spec, data)
     from .keras import KerasFeaturizer  # noqa: PLC0415 - TensorFlow takes seconds to import
 
     return KerasFeaturizer(spec, data)

@@ -22,6 +22,8 @@ class Backbone:
     """Length of a feature vector."""
     n_parameters: int
     """Numbers in a weights file without the classification layer."""
+    n_float32_layers: int
+    """Convolutions at the input that stay in float32 when the rest is bfloat16."""
     preprocessing: str
     """How 8-bit RGB becomes the input of the network."""
     imagenet_file: str | None
@@ -40,6 +42,7 @@ BACKBONES = {
             image_px=224,
             n_features=1280,
             n_parameters=2_257_984,
+            n_float32_layers=6,
             preprocessing=_SCALE,
             imagenet_file="mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
         ),
@@ -49,6 +52,7 @@ BACKBONES = {
             image_px=128,
             n_features=1280,
             n_parameters=410_208,
+            n_float32_layers=6,
             preprocessing=_SCALE,
             imagenet_file=None,
         ),

@@ -57,7 +57,9 @@ class KerasFeaturizer:
         features = np.empty((len(pixels), self._n_features), np.float32)
         for start in range(0, len(pixels), BATCH_SIZE):
             batch = pixels[start : start + BATCH_SIZE]
-            features[start : start + len(batch)] = self._function(_pad(batch))[: len(batch)]
+            features[start : start + len(batch)] = self._function(pad(batch, BATCH_SIZE))[
+                : len(batch)
+            ]
         return features
 
 
@@ -74,7 +76,8 @@ def build_model(backbone: Backbone, weights: bytes) -> Any:  # noqa: ANN401 - Ke
     Returns
     -------
     keras.Model
-        (n, image_px, image_px, 3) float32, preprocessed -> (n, n_features) float32.
+        (n, image_px, image_px, 3) float32, preprocessed -> (n, n_features) float32; with the
+        channels first where Keras is set so.
 
     Raises
     ------
@@ -84,8 +87,9 @@ def build_model(backbone: Backbone, weights: bytes) -> Any:  # noqa: ANN401 - Ke
     import keras  # noqa: PLC0415
 
     side = backbone.image_px
+    is_last = keras.config.image_data_format() == "channels_last"
     model = keras.applications.MobileNetV2(
-        input_shape=(side, side, 3),
+        input_shape=(side, side, 3) if is_last else (3, side, side),
         alpha=backbone.alpha,
         include_top=False,
         pooling="avg",
@@ -158,8 +162,9 @@ def _freeze(model: Any, shape: tuple[int, ...]) -> Callable[[Pixels], Features]:
     return run
 
 
-def _pad(batch: Pixels) -> Pixels:
-    missing = BATCH_SIZE - len(batch)
+def pad(batch: Pixels, size: int) -> Pixels:
+    """Fill a batch with black images to `size`, because a compiled network has one shape."""
+    missing = size - len(batch)
     return np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else batch
 
 

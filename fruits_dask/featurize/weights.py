@@ -41,11 +41,14 @@ class Weights:
     sha256: str
     """SHA-256 of the content, hexadecimal."""
 
-    def spec(self, *, engine: str, n_threads: int = 1) -> FeaturizerSpec:
+    def spec(
+        self, *, engine: str, precision: str = "float32", n_threads: int = 1
+    ) -> FeaturizerSpec:
         """Describe the featurizer that these weights make."""
         return FeaturizerSpec(
             backbone=self.backbone.name,
             engine=engine,
+            precision=precision,
             weights_sha256=self.sha256,
             image_px=self.backbone.image_px,
             n_features=self.backbone.n_features,
