@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ MANIFEST_SCHEMA = pa.schema(
 
 # A worker reads whole row groups: small, so that a partition reads little more than its own rows.
 _ROW_GROUP_ROWS = 8192
+# Paths and etags do not repeat, so a dictionary of them only costs time and bytes.
+_PARQUET = {"compression": "zstd", "use_dictionary": ["label", "split"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,22 +218,30 @@ def balanced_sample(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
 
 def _stream(objects: Iterator[ObjectInfo], target: Path, on_listed: Callable[[int], None]) -> bool:
     """Write the listing as it comes; tell whether it came in byte order of the paths."""
-    n_images, last, is_sorted = 0, b"", True
-    with pq.ParquetWriter(target, MANIFEST_SCHEMA, compression="zstd") as writer:
+    n_images, last, is_sorted = 0, "", True
+    with pq.ParquetWriter(target, MANIFEST_SCHEMA, **_PARQUET) as writer:
         while batch := list(islice(objects, _ROW_GROUP_ROWS)):
-            keys = [last, *(item.path.encode() for item in batch)]
-            is_sorted = is_sorted and all(a <= b for a, b in pairwise(keys))
-            last = keys[-1]
+            # Strings sort by code points, and so do their bytes in UTF-8.
+            paths = [last, *(item.path for item in batch)]
+            is_sorted = is_sorted and paths == sorted(paths)
+            last = paths[-1]
             writer.write_table(_table(batch))
             n_images += len(batch)
             on_listed(n_images)
     return is_sorted
 
 
-def _table(objects: Iterable[ObjectInfo]) -> pa.Table:
-    rows = [(o.path, o.etag, o.size_bytes, *label_and_split(o.path)) for o in objects]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return pa.table(columns, schema=MANIFEST_SCHEMA)
+def _table(objects: Sequence[ObjectInfo]) -> pa.Table:
+    paths = pa.array([o.path for o in objects], pa.string())
+    # Label and split are those of the folder, and a folder holds many images: one look at each.
+    parents = pc.list_element(pc.split_pattern(paths, "/", max_splits=1, reverse=True), 0)
+    folders = parents.dictionary_encode()
+    names = [label_and_split(f"{folder}/") for folder in folders.dictionary.to_pylist()]
+    labels, splits = (
+        pa.array(column, pa.string()).take(folders.indices) for column in zip(*names, strict=True)
+    )
+    etags, sizes = [o.etag for o in objects], [o.size_bytes for o in objects]
+    return pa.table([paths, etags, sizes, labels, splits], schema=MANIFEST_SCHEMA)
 
 
 def _check_not_empty(listing: Path, root: str) -> None:
@@ -251,5 +261,5 @@ def _rewrite(listing: Path, limit: int | None) -> Path:
         codes = np.asarray(labels.indices).astype(np.int64)
         table = table.take(balanced_sample(codes, limit))
     target = listing.with_name("manifest.parquet")
-    pq.write_table(table, target, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+    pq.write_table(table, target, row_group_size=_ROW_GROUP_ROWS, **_PARQUET)
     return target
