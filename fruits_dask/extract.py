@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -165,17 +166,21 @@ def extraction_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None
     dask.bag.Bag or None
         Of `PartitionSummary`, one in each partition of the bag; None when there is nothing to do.
     """
-    return bag_of(partitions, lambda rows: extract_partition(job, rows))
+    return bag_of(partitions, partial(extract_partition, job))
 
 
 def retry_bag(job: ExtractJob, partitions: list[RowRange]) -> db.Bag | None:
     """Describe the work of `retry_partition` on many partitions as a bag."""
-    return bag_of(partitions, lambda rows: retry_partition(job, rows))
+    return bag_of(partitions, partial(retry_partition, job))
 
 
 def counts_bag(output: str, options: StoreOptions, indices: list[int]) -> db.Bag | None:
     """Describe the counting of stored parts as a bag of `PartCount`, one in each partition."""
-    return bag_of(indices, lambda index: count_part(open_store(output, options), output, index))
+    return bag_of(indices, partial(_count_part, output, options))
+
+
+def _count_part(output: str, options: StoreOptions, index: int) -> PartCount:
+    return count_part(open_store(output, options), output, index)
 
 
 def extract_partition(job: ExtractJob, rows: RowRange) -> PartitionSummary:
@@ -278,7 +283,7 @@ def _decoded(
                 outcome.failures.append(_failure(path, "read", data))
                 continue
             try:
-                with clock("decode"):
+                with _computing, clock("decode"):
                     pixels = decode(
                         data, image_px=job.spec.image_px, max_megapixels=job.max_megapixels
                     )

@@ -34,6 +34,8 @@ THUMBNAILS_SCHEMA = pa.schema(
     ]
 )
 _KEYS = ("path", "label", "split")
+# Columns whose values repeat; a dictionary of any other takes more time and space than its values.
+_REPEATED = ["label", "split", "stage", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def vector_table(
 def write_table(store: Store, path: str, table: pa.Table) -> None:
     """Write a table as one Parquet object, in one step."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=_REPEATED)
     store.write(path, buffer.getvalue())
 
 

@@ -10,6 +10,9 @@ from .records import RowRange
 # At least this many partitions where there are enough images: work for some 100 workers, and little
 # to do again after a kill.
 _TARGET_PARTITIONS = 256
+# Below this many the partitions are as small as they can be; above, a task has two steps at least,
+# which spreads what it costs beside its images.
+_FEW_PARTITIONS = 64
 # Multiples of the largest batch of the featurizers, so that only the last partition has a rest.
 _STEP = 64
 # A task should take seconds to a minute, and 10 million images should make a few thousand tasks.
@@ -32,10 +35,11 @@ def partition_size(n_images: int) -> int:
     Examples
     --------
     >>> partition_size(6_833), partition_size(90_000), partition_size(10_000_000)
-    (64, 384, 2048)
+    (128, 384, 2048)
     """
     steps = -(-n_images // (_TARGET_PARTITIONS * _STEP))
-    return min(max(steps, 1) * _STEP, _MAX_SIZE)
+    few = -(-n_images // (_FEW_PARTITIONS * _STEP))
+    return min(max(steps, min(few, 2), 1) * _STEP, _MAX_SIZE)
 
 
 def partition_rows(n_images: int, size: int) -> list[RowRange]:

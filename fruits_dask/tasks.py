@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,5 +29,14 @@ def bag_of(items: Sequence[_T], function: Callable[[_T], object]) -> db.Bag | No
         nothing to do, because dask.bag knows no empty bag.
     """
     import dask.bag as db  # noqa: PLC0415 - planning needs no Dask
+    from dask.highlevelgraph import HighLevelGraph  # noqa: PLC0415
+    from dask.utils import funcname  # noqa: PLC0415
 
-    return db.from_sequence(items, npartitions=len(items)).map(function) if items else None
+    if not items:
+        return None
+    # Not from_sequence().map(): dask 2026.8 adds an alias to every task, which the scheduler sends
+    # to a worker as a task of its own, where it waits until a thread is free again.
+    # The name is new each time: these tasks are done for their effects.
+    name = f"{funcname(function)}-{uuid.uuid4().hex}"
+    graph = {(name, i): (list, [(function, item)]) for i, item in enumerate(items)}
+    return db.Bag(HighLevelGraph.from_collections(name, graph), name, len(items))

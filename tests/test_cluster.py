@@ -109,9 +109,11 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.mark.slow
-def test_local_workers_have_one_thread_and_the_memory_that_was_given(workers: Workers) -> None:
+def test_local_workers_have_two_tasks_at_a_time_and_the_memory_that_was_given(
+    workers: Workers,
+) -> None:
     info = workers._client.scheduler_info(n_workers=-1)["workers"].values()
-    assert [worker["nthreads"] for worker in info] == [1, 1]
+    assert [worker["nthreads"] for worker in info] == [2, 2]
     assert {worker["memory_limit"] for worker in info} == {2 * 2**30}
     assert workers.n_workers == 2
     assert workers.n_threads >= 1
@@ -421,3 +423,17 @@ def test_a_cluster_with_tls(tmp_path: Path) -> None:
     assert bare.returncode == 1
     assert "distributed.comm.tls" in bare.stderr
     assert "Traceback" not in bare.stderr
+
+
+def _where() -> tuple[set[int], str | None]:
+    return os.sched_getaffinity(0), os.environ.get("PILLOW_BLOCKS_MAX")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers share the one core")
+def test_workers_have_cores_of_their_own(workers: Workers) -> None:
+    found = workers.each(_where)
+    assert [len(cores) for cores, _ in found] == [workers.n_threads] * 2
+    assert found[0][0].isdisjoint(found[1][0])
+    assert {blocks for _, blocks in found} == {"8"}
+    assert os.sched_getaffinity(0) >= found[0][0] | found[1][0]  # this process keeps all of them

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client, WorkerPlugin, as_completed, performance_report
 from distributed.comm import CommClosedError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import dask.bag as db
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _BUILD_SECONDS = 30
 # What distributed raises when its scheduler is gone.
@@ -124,6 +126,30 @@ class Workers:
                     "that all workers mount at the same place"
                 )
 
+    def each(self, function: Callable[..., _T], *arguments: object) -> list[_T]:
+        """Call a function once on every worker, on all at the same time.
+
+        Parameters
+        ----------
+        function : callable
+            What to call; it may take its time.
+        *arguments : object
+            What to call it with.
+
+        Returns
+        -------
+        list
+            What it returned, one item a worker.
+        """
+        addresses = self._client.scheduler_info(n_workers=-1)["workers"]
+        shared = [self._client.scatter([item], broadcast=True)[0] for item in arguments]
+        futures = [
+            self._client.submit(function, *shared, workers=[address], pure=False)
+            for address in addresses
+        ]
+        found: list[_T] = self._client.gather(futures)
+        return found
+
     def run(self, bag: db.Bag | None) -> Iterator[Any]:
         """Compute a bag and yield its items as they come, in no particular order.
 
@@ -144,8 +170,8 @@ class Workers:
         """
         futures = self._client.compute(bag.to_delayed()) if bag is not None else []
         try:
-            for future in as_completed(futures):
-                yield from future.result()
+            for future, items in as_completed(futures, with_results=True):
+                yield from items
                 future.release()
         except KilledWorker as exc:
             raise ClusterError(

@@ -58,9 +58,12 @@ class OpenVinoFeaturizer:
     def __call__(self, pixels: Pixels) -> Features:
         """Compute features; see `Featurizer`."""
         features = np.empty((len(pixels), self._n_features), np.float32)
-        starts = range(0, len(pixels), BATCH_SIZE)
-        with ThreadPoolExecutor(len(self._lanes)) as pool:
-            turns = [starts[i :: len(self._lanes)] for i in range(len(self._lanes))]
+        starts, n_lanes = range(0, len(pixels), BATCH_SIZE), len(self._lanes)
+        if n_lanes == 1:
+            self._lanes[0].run(pixels, starts, features)
+            return features
+        with ThreadPoolExecutor(n_lanes) as pool:
+            turns = [starts[i::n_lanes] for i in range(n_lanes)]
             list(pool.map(lambda lane, mine: lane.run(pixels, mine, features), self._lanes, turns))
         return features
 
