@@ -336,6 +336,32 @@ def doctor(call: Call) -> None:
         raise typer.Exit(Exit.FAILED)
 
 
+@_command(
+    *("input", "weights", "backbone", "engine", "precision"),
+    *("limit", "partition_size", "concurrent_reads"),
+    *_CLUSTER,
+    *_STORE,
+)
+def bench(call: Call) -> None:
+    """Measure the speed of this machine against its own ceiling; nothing is kept."""
+    from .bench import measure  # noqa: PLC0415
+
+    settings = _resolve(call).settings
+    ceiling, speed = measure(settings, progress=call.progress)
+    _print_pairs(
+        {
+            "engine": f"{settings.engine}, {settings.precision}, {speed.n_workers} workers",
+            "ceiling": f"{ceiling:,.1f} images/s: the network alone, photos in memory",
+            "steady": f"{speed.steady:,.1f} images/s: read, decode, featurize, store",
+            "share": f"{speed.steady / ceiling:.1%} of the ceiling",
+            "whole": f"{speed.extract:,.1f} images/s over {speed.n_images:,} photos, with the "
+            "start of the engine",
+            "first part": f"stored after {speed.first_part_seconds:.1f} s",
+            "memory": f"{speed.peak_memory_bytes / 2**20:,.0f} MiB at most in a worker",
+        }
+    )
+
+
 def _version(shown: bool) -> None:  # noqa: FBT001 - typer calls it this way
     if shown:
         typer.echo(f"fruits_dask {__version__}")
@@ -402,6 +428,8 @@ def _summary(outcome: Outcome) -> dict[str, str]:
         facts = stages["reduce"]
         kept = facts["explained_variance_ratio"]
         pairs["pca"] = f"{facts['n_components']} components keep {kept:.2%} of the variance"
+        if (exact := facts.get("exact_share")) is not None:
+            pairs["pca"] += f", {exact:.3%} of what is reachable"
     if "report" in stages:
         pairs["report"] = f"{outcome.output}/report.html"
     else:
@@ -419,6 +447,8 @@ def _print_durations(outcome: Outcome) -> None:
     table = Table("operation", box=None, title="duration", title_justify="left")
     table.add_column("seconds", justify="right")
     stages = outcome.record["stages"]
+    if "workers" in outcome.record:
+        table.add_row("workers", f"{outcome.record['workers']['seconds']:.1f}")
     for stage in (name for name in STAGES if name in stages):
         facts = stages[stage]
         table.add_row(stage, f"{facts['seconds']:.1f}")

@@ -51,7 +51,7 @@ def embedded_server(bucket: str = SAMPLE_BUCKET) -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         endpoint_url = f"http://{host}:{port}"
-        _make_public_bucket(endpoint_url, bucket)
+        make_public_bucket(endpoint_url, bucket)
         yield endpoint_url
     finally:
         server.stop()
@@ -99,7 +99,7 @@ def write_sample(
     return len(writes)
 
 
-def _make_public_bucket(endpoint_url: str, bucket: str) -> None:
+def make_public_bucket(endpoint_url: str, bucket: str) -> None:
     """Create a bucket that anyone on this machine may read, so that no keys are needed."""
     from s3fs import S3FileSystem  # noqa: PLC0415
 

@@ -17,6 +17,7 @@ from . import layout
 from .cluster import check_cluster_name
 from .config import Settings
 from .errors import ConfigError, FruitsDaskError, InputError, NotFoundError
+from .featurize import check_engine
 from .featurize.backbones import DEFAULT_BACKBONE, find_backbone
 from .featurize.weights import imagenet_path, load_weights
 from .records import IMAGE_SUFFIXES
@@ -63,7 +64,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
                 return  # nothing is asked of places where nothing may be read or written
 
 
-def _python(_: Settings) -> str:
+def _python(settings: Settings) -> str:
+    check_engine(settings.engine)
     missing = [name for name in ("tensorflow", "dask_ml", "s3fs", "bokeh") if not find_spec(name)]
     if missing:
         raise ConfigError(f"not installed: {', '.join(missing)}; pip install fruits_dask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,11 @@ from .config import Settings
 from .errors import ConfigError, InputError, ResultError
 from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
 from .features import part_indices, read_table
+from .featurize import check_engine
 from .featurize.weights import load_weights
 from .partition import partition_rows, partition_size
 from .progress import Progress, Silent
 from .records import PartCount, RowRange
-from .reduce import PcaModel, fit_pca, read_model, scores_bag, write_model
-from .results import write_scores_csv
 from .sample import n_sample_images
 from .source import write_manifest
 from .storage import is_s3, open_store
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from .cluster.workers import Workers
     from .records import FeaturizerSpec
+    from .reduce import PcaModel
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
         if "reduce" not in space.stages:
             with _workers(space, featurize="extract" not in space.stages) as workers:
                 _plan(space)  # the workers start the engine meanwhile
+                _prepare_reduction(space)
                 counts = _extract(space, workers)
                 _reduce(space, workers, counts)
         _report(space)
@@ -235,6 +237,8 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
 @contextmanager
 def _workers(space: Workspace, *, featurize: bool) -> Iterator[Workers]:
     """Open the cluster, let it start the engine if there is use for it, and keep what Dask saw."""
+    if featurize and space.settings.cluster == "local":
+        check_engine(space.settings.engine)
     space.progress.say("starting workers")
     start = time.perf_counter()
     with open_cluster(space.settings) as workers:
@@ -396,9 +400,18 @@ def _check_usable(space: Workspace) -> None:
     )
 
 
+def _prepare_reduction(space: Workspace) -> None:
+    """Import what the reduction needs while the workers make features."""
+    from .reduce import prepare  # noqa: PLC0415 - planning needs no Dask
+
+    threading.Thread(target=prepare, args=(space.settings.reducer,), daemon=True).start()
+
+
 def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) -> None:
     if "reduce" in space.stages:
         return
+    from .reduce import write_scores_csv  # noqa: PLC0415 - planning needs no Dask
+
     # Recorded when the workers are done, or a kill now would lose their performance report.
     with space.stage("reduce", is_saved=False) as facts:
         start = time.perf_counter()
@@ -413,9 +426,11 @@ def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) 
             "scores": round(scored - fitted, 3),
             "csv": round(time.perf_counter() - scored, 3),
         }
+        facts["reducer"] = space.settings.reducer
         facts["n_components"] = len(model.components)
         facts["n_samples"] = model.n_samples
         facts["explained_variance_ratio"] = float(model.explained_variance_ratio.sum())
+        facts["exact_share"] = model.exact_share
         space.progress.finish(
             f"{facts['n_components']} components keep {facts['explained_variance_ratio']:.2%} of "
             f"the variance of {model.n_samples:,} images"
@@ -423,6 +438,8 @@ def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) 
 
 
 def _fit(space: Workspace, counts: list[PartCount]) -> PcaModel:
+    from .reduce import fit_pca, read_model, write_model  # noqa: PLC0415 - planning needs no Dask
+
     if space.has(layout.PCA_MODEL):
         return read_model(space.store, space.output)
     space.progress.start("reduce", total=None, unit="batches")
@@ -431,6 +448,7 @@ def _fit(space: Workspace, counts: list[PartCount]) -> PcaModel:
         space.settings.store_options,
         counts,
         components=space.settings.components,
+        reducer=space.settings.reducer,
         on_batch=space.progress.update,
     )
     write_model(space.store, space.output, model)
@@ -439,6 +457,8 @@ def _fit(space: Workspace, counts: list[PartCount]) -> PcaModel:
 
 
 def _write_scores(space: Workspace, workers: Workers) -> None:
+    from .reduce import scores_bag  # noqa: PLC0415 - planning needs no Dask
+
     stored = set(part_indices(space.store, space.output, layout.SCORES))
     indices = part_indices(space.store, space.output, layout.FEATURES)
     todo = [index for index in indices if index not in stored]

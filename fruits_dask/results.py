@@ -5,21 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv as pa_csv
 
 from . import __version__, layout
 from .errors import NotFoundError, OutputExistsError, ResultError
 from .features import to_json
 from .records import FORMAT_VERSION
-from .reduce import iterate_scores
 from .storage import Store, is_temporary
 
 logger = logging.getLogger(__name__)
@@ -32,6 +26,7 @@ _VERSIONED = (
     "dask-ml",
     "tensorflow",
     "keras",
+    "openvino",
     "numpy",
     "pandas",
     "pillow",
@@ -216,32 +211,6 @@ def check_versions(record: dict[str, Any]) -> None:
 def write_success(store: Store, output: str) -> None:
     """Mark the result as complete; nothing is written after this."""
     store.write(layout.join(output, layout.SUCCESS), b"")
-
-
-def write_scores_csv(store: Store, output: str, indices: list[int]) -> None:
-    """Join all stored scores to ``pca/scores.csv``.
-
-    Parameters
-    ----------
-    store : Store
-        Where the result is.
-    output : str
-        Its address.
-    indices : list of int
-        Numbers of the parts, in the order of the rows.
-    """
-    with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
-        target = Path(folder, "scores.csv")
-        _write_csv(target, iterate_scores(store, output, indices))
-        store.upload(target, layout.join(output, layout.SCORES_CSV))
-
-
-def _write_csv(target: Path, tables: Iterator[pa.Table]) -> None:
-    first = next(tables)
-    with pa_csv.CSVWriter(target, first.schema) as writer:
-        writer.write_table(first)
-        for table in tables:
-            writer.write_table(table)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

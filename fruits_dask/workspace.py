@@ -190,6 +190,9 @@ class Workspace:
             if not self.has(name):
                 raise ResultError(f"{self.path(name)} is missing; start anew with --overwrite")
         self.lock.check()
+        if not is_s3(self.output):  # what a worker that was killed left of a write
+            names = [item.name for item in self.store.list_folder(self.output)]
+            remove_temporaries(self.store, self.output, names)
         write_success(self.store, self.output)
 
 

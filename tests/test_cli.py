@@ -22,7 +22,10 @@ from fruits_dask.records import FORMAT_VERSION
 from fruits_dask.sample import n_sample_images
 from jobs import command, names, photo, snapshot, write_photos
 
-COMMANDS = ("run", "plan", "extract", "reduce", "report", "retry-failed", "sample", "doctor")
+COMMANDS = (
+    *("run", "plan", "extract", "reduce", "report"),
+    *("retry-failed", "sample", "doctor", "bench"),
+)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 

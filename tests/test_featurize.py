@@ -271,10 +271,11 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
         convert(FRUITS_BACKBONE, stream.getvalue(), tmp_path)
 
 
-def test_a_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch, fruits: Weights) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
+def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch, fruits: Weights) -> None:
+    monkeypatch.setattr(featurize, "find_spec", lambda name: None)
+    spec = replace(installed(fruits, engine="openvino"), image_px=1)  # of no other test
     with pytest.raises(EngineError, match=r"pip install 'fruits_dask\[openvino\]'"):
-        OpenVinoFeaturizer(fruits.spec(engine="openvino"), fruits.data)
+        get_featurizer(spec)
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def without_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def use_store(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
-    for module in (pipeline, workspace, extract, reduce, residency):
+    for module in (pipeline, workspace, extract, reduce.rows, reduce.scores, residency):
         monkeypatch.setattr(module, "open_store", lambda address, options: store)
 
 

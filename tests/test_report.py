@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from fruits_dask import layout
 from fruits_dask.errors import ResultError
 from fruits_dask.features import vector_table, write_failures, write_table, write_thumbnails
 from fruits_dask.records import Failure
-from fruits_dask.reduce import PcaModel, write_model
+from fruits_dask.reduce import PcaModel, read_model, write_model
 from fruits_dask.report import tables, write_report
 from fruits_dask.report.contents import MAX_EXAMPLES, read_failures, read_sample
 from fruits_dask.report.plots import palette
@@ -226,11 +226,13 @@ def _record(recipe: Recipe, manifest: pa.Table) -> dict[str, Any]:
         "reduce": {
             "seconds": 3.0,
             "n_components": k,
+            "reducer": "incremental",
             "explained_variance_ratio": 1 - 0.5**k,
             "operations": {"fit": 2.0, "scores": 0.75, "csv": 0.25},
         },
     }
     record["stages"] = {name: stages[name] for name in recipe.stages}
+    record["workers"] = {"n_workers": 2, "seconds": 1.5}
     record["regions"] = {"s3://fruits-eu/photos": "eu-west-1"}
     record["settings"] = {"input": INPUT, "components": k}
     return record | recipe.extra
@@ -279,12 +281,31 @@ def test_headline_and_tables_hold_the_numbers(tmp_path: Path) -> None:
     assert re.search(r"report this page, up to its writing \d+\.\d\d s", page.text)
 
 
+@pytest.mark.parametrize(
+    ("exact_share", "percent"),
+    [(0.99981234, "99.9812 %"), (1 - 1e-12, "100 %"), (0.9999999, "99.9999 %")],
+)
+def test_the_reducer_is_measured_against_what_is_reachable(
+    exact_share: float, percent: str, tmp_path: Path
+) -> None:
+    root = _write_result(tmp_path, Recipe())
+    store = LocalStore()
+    write_model(store, root, replace(read_model(store, root), exact_share=exact_share))
+    write_report(store, root)
+    text = Page(Path(root, layout.REPORT).read_text("utf-8")).text
+    assert f"of dask-ml's IncrementalPCA keep {percent} of the variance that any" in text
+
+
+def test_a_reducer_that_was_not_measured_is_not_praised(tmp_path: Path) -> None:
+    assert "keep at best" not in _write_page(tmp_path, Recipe()).text
+
+
 def test_bars_are_relative_to_the_longest_of_their_kind(tmp_path: Path) -> None:
     page = _write_page(tmp_path, Recipe())
     assert "width: 100.0%" in page.html
     durations = page.html[page.html.index('<table class="durations">') :]
-    found = [float(w) for w in re.findall(r"width: ([\d.]+)%", durations)[:9]]
-    assert found == [2.5, 100.0, 1.2, 2.5, 100.0, 0.5, 5.0, 3.3, 1.2]  # plan .. csv
+    found = [float(w) for w in re.findall(r"width: ([\d.]+)%", durations)[:10]]
+    assert found == [2.5, 2.5, 100.0, 1.2, 2.5, 100.0, 0.5, 5.0, 3.3, 1.2]  # workers, plan .. csv
 
 
 def test_points_carry_their_own_picture(tmp_path: Path) -> None:

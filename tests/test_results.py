@@ -20,6 +20,7 @@ from fruits_dask import __version__, layout
 from fruits_dask.errors import OutputExistsError, ResultError
 from fruits_dask.features import vector_table, write_table
 from fruits_dask.records import FORMAT_VERSION
+from fruits_dask.reduce import write_scores_csv
 from fruits_dask.results import (
     Identity,
     check_ours,
@@ -30,7 +31,6 @@ from fruits_dask.results import (
     remove_result,
     remove_temporaries,
     write_record,
-    write_scores_csv,
     write_success,
 )
 from fruits_dask.storage import LocalStore

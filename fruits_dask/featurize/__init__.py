@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from importlib.util import find_spec
 from typing import Protocol
 
-from ..errors import WeightsError
+from ..errors import EngineError, WeightsError
 from ..records import Features, FeaturizerSpec, Pixels
 
 _lock = threading.Lock()
@@ -34,6 +35,20 @@ class Featurizer(Protocol):
         ndarray, (n_images, n_features) float32
             One row an image. A row does not depend on the other images.
         """
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that is not installed, without importing it.
+
+    Raises
+    ------
+    EngineError
+        Saying how to install it.
+    """
+    if find_spec(engine) is None:
+        raise EngineError(
+            f"the engine {engine} is not installed here: pip install 'fruits_dask[{engine}]'"
+        )
 
 
 def install_weights(sha256: str, data: bytes) -> None:
@@ -74,6 +89,8 @@ def get_featurizer(spec: FeaturizerSpec) -> Featurizer:
     ------
     WeightsError
         If the weights were not installed or do not fit the backbone.
+    EngineError
+        If the engine is not installed, or cannot run the network.
     """
     with _lock:  # one build, whoever comes first: the warm-up thread or the first task
         if spec not in _featurizers:
@@ -88,6 +105,7 @@ def _build(spec: FeaturizerSpec) -> Featurizer:
             f"weights {spec.weights_sha256[:12]} are not on this worker; the driver delivers them "
             "when the cluster is opened"
         )
+    check_engine(spec.engine)
     if spec.engine == "openvino":
         from .openvino import OpenVinoFeaturizer  # noqa: PLC0415 - an extra
 

@@ -39,12 +39,13 @@ class OpenVinoFeaturizer:
     Raises
     ------
     EngineError
-        If OpenVINO is not installed, the network cannot be converted, or this processor has no
-        bfloat16.
+        If the network cannot be converted, or this processor has no bfloat16.
     """
 
     def __init__(self, spec: FeaturizerSpec, weights: bytes) -> None:
-        core = _core()
+        import openvino  # noqa: PLC0415 - an extra
+
+        core = openvino.Core()
         self._n_features = spec.n_features
         with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
             model = _with_scaling(core.read_model(convert(spec.backbone, weights, Path(folder))))
@@ -86,17 +87,6 @@ class _Lane:
                 request.infer()
             found = self._requests[-1].get_output_tensor().data
             features[start : start + len(batch)] = found[: len(batch)]
-
-
-def _core() -> Any:  # noqa: ANN401 - OpenVINO is untyped
-    try:
-        import openvino  # noqa: PLC0415 - an extra
-    except ImportError as exc:
-        raise EngineError(
-            "the engine openvino is not installed on this worker: pip install "
-            "'fruits_dask[openvino]'; or use --engine tensorflow"
-        ) from exc
-    return openvino.Core()
 
 
 def _with_scaling(model: Any) -> Any:  # noqa: ANN401

@@ -89,6 +89,7 @@ def _plots(contents: Contents) -> dict[str, Any]:
         "scatter": scatter(sample, shares, _root(contents)) if sample else None,
         "variance": variance_curve(shares) if shares else None,
         "reached": tables.reached(shares),
+        "quality": tables.quality(contents),
         "marker_paths": MARKERS,
         "n_scores": len(sample[0].scores) if sample else 0,
     }

@@ -87,8 +87,8 @@ class Contents:
     """Dask's own performance report is stored beside this one."""
 
     def stage(self, name: str) -> dict[str, Any]:
-        """Return what run.json says of a stage; nothing when it has not run."""
-        found = self.run.get("stages", {}).get(name)
+        """Return what run.json says of a stage, or of the workers; nothing when it has not run."""
+        found = self.run.get("stages", {}).get(name) or self.run.get(name)
         return found if isinstance(found, dict) else {}
 
 

@@ -14,6 +14,7 @@ from .plots import NO_LABEL, NO_SPLIT
 
 UNKNOWN = "–"  # noqa: RUF001 - a dash is what a table shows where it has no number
 _STAGES = {
+    "workers": ("workers", "start of the worker processes"),
     "plan": ("plan", "list the photos"),
     "extract": ("extract", "from photos to features"),
     "reduce": ("reduce", "from features to components"),
@@ -33,10 +34,12 @@ _OPERATIONS = {
         "csv": "join the table",
     },
 }
+_REDUCERS = {"incremental": "dask-ml's IncrementalPCA", "exact": "the exact reducer"}
 _GOALS = (0.5, 0.8, 0.9, 0.95, 0.99)
 # A sum of shares that should be 1 differs from it by rounding.
 _ALMOST_ALL, _ALL = 0.9995, 1 - 1e-9
 _MINUTE = 60
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +266,19 @@ def split_sums(contents: Contents) -> list[Bar]:
         Bar(name=split, cells=[number(n)], percent=_percent(n, longest))
         for split, n in found.items()
     ]
+
+
+def quality(contents: Contents) -> str:
+    """Say what the reducer that ran kept of what is reachable; nothing if it was not measured."""
+    model, reducer = contents.model, contents.stage("reduce").get("reducer")
+    if model is None or model.exact_share is None or reducer not in _REDUCERS:
+        return ""
+    # Rounded down: only what is whole is 100 %.
+    percent = int(min(model.exact_share + _ROUNDING, 1) * 1e6) / 1e4
+    return (
+        f"{len(model.components):,} components of {_REDUCERS[reducer]} keep {percent:g} % of the "
+        f"variance that any {len(model.components):,} could keep at best"
+    )
 
 
 def reached(shares: Sequence[float]) -> list[tuple[str, int]]:
