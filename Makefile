@@ -5,7 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup run check lint test test-tools lock clean
+PEERS := benchmarks/peers
+ROUNDS := 3
+
+.PHONY: help setup run check lint test test-tools bench bench-pieces bench-scaling lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,10 +41,31 @@ test: lint test-tools ## lint, types and all tests
 test-tools: setup
 	tools/install-test-tools
 
+bench: setup $(PEERS)/.venv/.ready ## this package against Spark, Ray, tf.data and its own ceiling (40 minutes)
+	mkdir -p out
+	$(BIN)/python benchmarks/speed.py --rounds $(ROUNDS) --picture out/speed.png --json out/speed.json
+
+$(PEERS)/.venv/.ready: $(PEERS)/requirements.lock
+	$(PYTHON) -m venv $(PEERS)/.venv
+	$(PEERS)/.venv/bin/python -m pip install --quiet --require-hashes --requirement $<
+	touch $@
+
+bench-pieces: setup ## read, decode, featurize, store, reduce, each alone
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+bench-scaling: setup ## a slow store, many workers, many keys, many rows, memory (an hour)
+	mkdir -p out
+	$(BIN)/python benchmarks/slow_store.py --json out/slow-store.json
+	$(BIN)/python benchmarks/plan_keys.py --json out/plan-keys.json
+	$(BIN)/python benchmarks/weak_scaling.py --json out/weak-scaling.json
+	$(BIN)/python benchmarks/memory.py --engine openvino --json out/memory-openvino.json
+	$(BIN)/python benchmarks/memory.py --engine tensorflow --json out/memory-tensorflow.json
+	$(BIN)/python benchmarks/reduce_rows.py --json out/reduce-rows.json
+
 lock: setup ## resolve requirements.lock anew
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
 		--output-file requirements.lock
 
 clean: ## remove what was made, except .venv
-	rm -rf fruits-output dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf fruits-output out dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
