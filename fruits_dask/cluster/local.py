@@ -10,12 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from typing import Any
 
 import dask
 import psutil
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
 from ..errors import ClusterError, ConfigError
@@ -95,26 +96,30 @@ def open_local(
         ) from exc
     with cluster, Client(cluster) as client:
         n_threads = max(1, CPU_COUNT // n_workers)
-        _spread(client, n_threads)
+        if hasattr(os, "sched_setaffinity") and n_workers * n_threads <= CPU_COUNT:  # on Linux
+            client.register_plugin(_OwnCores(n_threads))
         yield Workers(client, n_threads=n_threads)
 
 
-def _spread(client: Client, n_threads: int) -> None:
-    """Give every worker cores of its own, so that none pushes another out of its caches."""
-    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    if not hasattr(os, "sched_setaffinity"):  # Linux alone has it
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    if len(addresses) * n_threads > len(cores):
-        return
-    for number, address in enumerate(addresses):
-        own = cores[number * n_threads : (number + 1) * n_threads]
-        client.run(_keep_to, own, workers=[address])
+class _OwnCores(WorkerPlugin):  # type: ignore[misc]
+    """Give every worker cores of its own, so that none pushes another out of its caches.
 
+    Parameters
+    ----------
+    n_cores : int
+        Of each.
+    """
 
-def _keep_to(cores: list[int]) -> None:
-    # Of the thread that starts all others; those that run already have little to do.
-    os.sched_setaffinity(0, cores)
+    name = "fruits_dask-own-cores"
+
+    def __init__(self, n_cores: int) -> None:
+        self._n_cores = n_cores
+
+    def setup(self, worker: Any) -> None:  # noqa: ANN401 - distributed is untyped
+        """Bind the thread that starts all others; local workers are named by their number."""
+        cores = sorted(os.sched_getaffinity(0))
+        first = int(worker.name) * self._n_cores
+        os.sched_setaffinity(0, cores[first : first + self._n_cores])
 
 
 def memory_of_worker(limit: str | None, n_workers: int) -> int:
