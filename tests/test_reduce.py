@@ -280,10 +280,13 @@ def test_several_batches_keep_the_variance(
 def test_several_batches_report_what_they_keep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reported variances, not only the components."""
+    """The reported variances, which dask-ml makes too small after several batches."""
     small_batches(monkeypatch, chunk=128, batch=256)
     rows = decaying(800, 64)
     found = fit(tmp_path, rows, components=10)
+    assert found.explained_variance.sum() == pytest.approx(captured(found, rows), rel=1e-9)
+    assert (np.diff(found.explained_variance) < 0).all()
+    np.testing.assert_allclose(found.singular_values**2, found.explained_variance * 799)
     expected = exact(rows, 10)
     assert found.explained_variance.sum() == pytest.approx(
         expected.explained_variance_.sum(), rel=LOSS

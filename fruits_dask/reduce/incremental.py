@@ -88,8 +88,8 @@ def fit_incremental(
     estimator = _primed_estimator(first[0], n_fit, _solver(batches, n_fit, first.shape[1]))
     is_flat = bool((first == first[0]).all())
     moments, spectrum = _fit_batches(estimator, batches, on_batch, is_flat=is_flat)
-    model = _model(estimator, n_samples)
-    kept = keep_components(model, components, rank=_rank(model))
+    model = _measured(estimator, moments)
+    kept = keep_components(model, components, rank=_rank(estimator, n_samples))
     return replace(kept, exact_share=exact_share(moments, kept.components, spectrum))
 
 
@@ -184,21 +184,28 @@ def _matrix(rows: db.Bag, batch: Sequence[Chunk], n_features: int) -> da.Array:
     return da.concatenate(blocks)
 
 
-def _model(estimator, n_samples: int) -> PcaModel:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """Take over what was fitted."""
-    return PcaModel(
-        components=turn_positive(np.asarray(estimator.components_, dtype=np.float64)),
-        mean=np.asarray(estimator.mean_, dtype=np.float64),
-        explained_variance=np.asarray(estimator.explained_variance_, dtype=np.float64),
-        explained_variance_ratio=np.asarray(estimator.explained_variance_ratio_, dtype=np.float64),
-        singular_values=np.asarray(estimator.singular_values_, dtype=np.float64),
-        n_samples=n_samples,
-    )
-
-
-def _rank(model: PcaModel) -> int:
+def _rank(estimator, n_samples: int) -> int:  # type: ignore[no-untyped-def]  # noqa: ANN001
     """Count the components that are more than rounding."""
-    values = model.singular_values
-    scale = float(np.abs(model.mean).max()) * np.sqrt(model.n_samples)
-    tolerance = max(values[0], scale) * max(model.components.shape) * np.finfo(np.float64).eps
+    values = np.asarray(estimator.singular_values_)
+    scale = float(np.abs(estimator.mean_).max()) * np.sqrt(n_samples)
+    tolerance = max(values[0], scale) * max(estimator.components_.shape) * np.finfo(np.float64).eps
     return int((values > tolerance).sum())
+
+
+def _measured(estimator, moments: Moments) -> PcaModel:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Take over the components, with the variance that they have.
+
+    What dask-ml says of it is of the rows that it kept: after several batches too little.
+    """
+    components = turn_positive(np.asarray(estimator.components_, dtype=np.float64))
+    squares = np.maximum(((components @ moments.scatter) * components).sum(axis=1), 0)
+    order = np.argsort(-squares, kind="stable")
+    variances = squares[order] / (moments.n_rows - 1)
+    return PcaModel(
+        components=components[order],
+        mean=moments.mean,
+        explained_variance=variances,
+        explained_variance_ratio=variances / moments.total_variance,
+        singular_values=np.sqrt(squares[order]),
+        n_samples=moments.n_rows,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import dask.bag as db
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from .. import layout
-from ..features import Part, read_vectors, vector_table, write_table
+from ..features import read_vectors, vector_table, write_table
 from ..records import StoreOptions
 from ..storage import Store, open_store
 from ..tasks import bag_of
@@ -118,16 +117,14 @@ def flat_scores(store: Store, output: str, indices: Sequence[int]) -> Iterator[p
     pyarrow.Table
         Columns path, label, split, pc_001 .. pc_k, of the rows of some parts.
     """
-    parts = ahead(
-        lambda index: read_vectors(store, layout.part_path(output, layout.SCORES, index), "scores"),
-        indices,
-    )
     # A table has many columns, so one of few rows costs more than its rows.
-    while some := list(islice(parts, _TABLE_PARTS)):
-        yield _flat_table(some)
+    groups = (indices[i : i + _TABLE_PARTS] for i in range(0, len(indices), _TABLE_PARTS))
+    yield from ahead(lambda group: _flat_table(store, output, group), groups)
 
 
-def _flat_table(parts: Sequence[Part]) -> pa.Table:
+def _flat_table(store: Store, output: str, indices: Sequence[int]) -> pa.Table:
+    paths = [layout.part_path(output, layout.SCORES, index) for index in indices]
+    parts = [read_vectors(store, path, "scores") for path in paths]
     table = pa.concat_tables([part.keys.replace_schema_metadata(None) for part in parts])
     columns = np.ascontiguousarray(np.concatenate([part.vectors for part in parts]).T)
     numbered = {f"pc_{number:03d}": column for number, column in enumerate(columns, start=1)}
