@@ -16,7 +16,7 @@ import pytest
 
 from fruits_dask.decode import decode
 from fruits_dask.features import metadata, read_vectors, vector_table, write_table
-from fruits_dask.featurize import get_featurizer, install_weights
+from fruits_dask.featurize import build_featurizer, prepare_network
 from fruits_dask.featurize.weights import Weights, load_weights
 from fruits_dask.records import Features, Pixels, StoreOptions
 from fruits_dask.reduce.moments import Moments
@@ -78,8 +78,8 @@ def test_featurize(
     benchmark: Callable[..., Any], pixels: Pixels, weights: Weights, engine: str
 ) -> None:
     """64 photos of 128 px through the bundled network, on one thread."""
-    install_weights(weights.sha256, weights.data)
-    found = benchmark(get_featurizer(weights.spec(engine=engine)), pixels)
+    network = prepare_network(engine, weights)
+    found = benchmark(build_featurizer(weights.spec(engine=engine), network), pixels)
     assert found.shape == (len(pixels), N_FEATURES)
     assert np.isfinite(found).all()
 

@@ -17,7 +17,7 @@ from .config import Settings
 from .decode import decode
 from .demo import write_sample
 from .errors import DecodeError, InputError
-from .featurize import get_featurizer
+from .featurize import get_featurizer, prepare_network
 from .featurize.weights import Weights, load_weights
 from .progress import Progress, Silent
 from .records import IMAGE_SUFFIXES, FeaturizerSpec, Pixels, StoreOptions
@@ -168,7 +168,7 @@ def measure_ceiling(settings: Settings, weights: Weights, *, progress: Progress)
         spec = weights.spec(
             engine=settings.engine, precision=settings.precision, n_threads=workers.n_threads
         )
-        workers.deliver(spec, weights.data)
+        workers.deliver(spec, lambda: prepare_network(settings.engine, weights))
         rates = workers.each(_rate, spec, pixels, _CEILING_SECONDS)
     progress.finish(f"{sum(rates):,.0f} images/s, the network alone")
     return sum(rates)

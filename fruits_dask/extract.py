@@ -248,7 +248,8 @@ def _featurize_rows(
     """Read, decode and featurize listed images; `first_row` is None when none gets a thumbnail."""
     featurizer = get_featurizer(job.spec)
     outcome = _Outcome()
-    decoded = _decoded(job, listed, outcome, clock)
+    paths = listed["path"].to_pylist()
+    decoded = _decoded(job, paths, outcome, clock)
     while chunk := list(islice(decoded, _CHUNK_IMAGES)):
         batch = np.stack([pixels for _, pixels in chunk])
         with _computing, clock("featurize"):
@@ -256,7 +257,7 @@ def _featurize_rows(
         usable = np.asarray(np.isfinite(vectors).all(axis=1))
         outcome.vectors.append(vectors[usable])
         for (position, pixels), is_usable in zip(chunk, usable, strict=True):
-            path = str(listed["path"][position])
+            path = paths[position]
             if not is_usable:
                 outcome.failures.append(_not_finite(path))
                 continue
@@ -267,10 +268,9 @@ def _featurize_rows(
 
 
 def _decoded(
-    job: ExtractJob, listed: pa.Table, outcome: _Outcome, clock: _Clock
+    job: ExtractJob, paths: list[str], outcome: _Outcome, clock: _Clock
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield what could be read and decoded; the rest goes to the failures."""
-    paths = listed["path"].to_pylist()
     if not paths:
         return
     store = open_store(paths[0], job.options)

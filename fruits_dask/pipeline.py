@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import layout
@@ -16,7 +16,7 @@ from .config import Settings
 from .errors import ConfigError, InputError, ResultError
 from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
 from .features import part_indices, read_table
-from .featurize import check_engine
+from .featurize import check_engine, prepare_network
 from .featurize.weights import load_weights
 from .partition import partition_rows, partition_size
 from .progress import Progress, Silent
@@ -24,6 +24,7 @@ from .records import PartCount, RowRange
 from .sample import n_sample_images
 from .source import write_manifest
 from .storage import is_s3, open_store
+from .tasks import in_background
 from .workspace import (
     SAMPLE_ADDRESS,
     Workspace,
@@ -237,13 +238,18 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
 @contextmanager
 def _workers(space: Workspace, *, featurize: bool) -> Iterator[Workers]:
     """Open the cluster, let it start the engine if there is use for it, and keep what Dask saw."""
-    if featurize and space.settings.cluster == "local":
-        check_engine(space.settings.engine)
+    engine = space.settings.engine
+    if featurize:
+        check_engine(engine)  # before anything is started
     space.progress.say("starting workers")
     start = time.perf_counter()
+    network = in_background(prepare_network, engine, space.weights) if featurize else None
     with open_cluster(space.settings) as workers:
-        if featurize:
-            workers.deliver(_spec(space, workers), space.weights.data)
+        if network:
+            from .reduce import prepare_worker  # noqa: PLC0415 - planning needs no Dask
+
+            afterwards = partial(prepare_worker, space.settings.reducer)
+            workers.deliver(_spec(space, workers), network.result, afterwards)
         space.record["workers"] = {
             "n_workers": workers.n_workers,
             "seconds": round(time.perf_counter() - start, 3),
@@ -404,7 +410,7 @@ def _prepare_reduction(space: Workspace) -> None:
     """Import what the reduction needs while the workers make features."""
     from .reduce import prepare  # noqa: PLC0415 - planning needs no Dask
 
-    threading.Thread(target=prepare, args=(space.settings.reducer,), daemon=True).start()
+    in_background(prepare, space.settings.reducer)
 
 
 def _reduce(space: Workspace, workers: Workers, counts: list[PartCount] | None) -> None:

@@ -1,9 +1,10 @@
-"""Items to Dask tasks: one task an item, described and not computed."""
+"""Work for others: items as Dask tasks, described and not computed; calls in the background."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -40,3 +41,25 @@ def bag_of(items: Sequence[_T], function: Callable[[_T], object]) -> db.Bag | No
     name = f"{funcname(function)}-{uuid.uuid4().hex}"
     graph = {(name, i): (list, [(function, item)]) for i, item in enumerate(items)}
     return db.Bag(HighLevelGraph.from_collections(name, graph), name, len(items))
+
+
+def in_background(function: Callable[..., _T], *arguments: object) -> Future[_T]:
+    """Call a function in a thread of its own, which ends with it.
+
+    Parameters
+    ----------
+    function : callable
+        What to call.
+    *arguments : object
+        What to call it with.
+
+    Returns
+    -------
+    concurrent.futures.Future
+        Of what it returns or raises.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        pool.shutdown(wait=False)

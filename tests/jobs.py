@@ -423,7 +423,7 @@ class SyncWorkers:
     n_workers = 1
     dashboard_url = "http://127.0.0.1/none"
 
-    def deliver(self, spec: FeaturizerSpec, weights: bytes) -> None:
+    def deliver(self, *_: Any) -> None:
         """Take nothing: the featurizer is in this process."""
 
     def check_reach(self, *addresses: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,7 +34,7 @@ from fruits_dask import layout
 from fruits_dask.cluster import check_cluster_name, existing, local, open_cluster
 from fruits_dask.cluster.workers import Workers
 from fruits_dask.config import resolve
-from fruits_dask.errors import ClusterError, ConfigError
+from fruits_dask.errors import ClusterError, ConfigError, EngineError
 from fruits_dask.featurize.weights import load_weights
 from jobs import (
     OPTIONS,
@@ -167,7 +169,8 @@ def test_leaving_early_cancels_the_rest(workers: Workers, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_weights_reach_workers_that_come_later(workers: Workers) -> None:
     weights = load_weights("fruits", None, OPTIONS)
-    workers.deliver(weights.spec(engine="tensorflow"), weights.data)
+    workers.deliver(weights.spec(engine="tensorflow"), lambda: weights.data)
+    workers._wait_for_delivery()
     client = workers._client
     before = set(client.run(os.getpid).values())
     os.kill(min(before), signal.SIGKILL)
@@ -186,7 +189,25 @@ def test_weights_reach_workers_that_come_later(workers: Workers) -> None:
 def _sha256_of_installed() -> tuple[str, ...]:
     from fruits_dask import featurize  # noqa: PLC0415
 
-    return tuple(featurize._weights)
+    return tuple(hashlib.sha256(network).hexdigest() for network in featurize._networks.values())
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_workers_waits_for_the_network(workers: Workers) -> None:
+    """And fails when it could not be made, instead of running without it."""
+    is_delivering = threading.Event()
+
+    def fail() -> bytes:
+        assert is_delivering.wait(START_SECONDS)  # `deliver` returns before this does
+        raise EngineError("could not be converted")
+
+    weights = load_weights("fruits", None, OPTIONS)
+    workers.deliver(weights.spec(engine="openvino"), fail)
+    is_delivering.set()
+    for ask in (lambda: workers.each(os.getpid), lambda: list(workers.run(None))):
+        with pytest.raises(EngineError, match="could not be converted"):
+            ask()
+    workers._delivery = None
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ from numpy.typing import NDArray
 from fruits_dask import featurize
 from fruits_dask.decode import decode
 from fruits_dask.errors import ConfigError, EngineError, WeightsError
-from fruits_dask.featurize import Featurizer, get_featurizer, install_weights
+from fruits_dask.featurize import (
+    Featurizer,
+    build_featurizer,
+    get_featurizer,
+    install_network,
+    prepare_network,
+)
 from fruits_dask.featurize import weights as weights_module
 from fruits_dask.featurize.backbones import BACKBONES, FRUITS_BACKBONE, find_backbone
 from fruits_dask.featurize.convert import convert
 from fruits_dask.featurize.keras import BATCH_SIZE, build_model
-from fruits_dask.featurize.openvino import OpenVinoFeaturizer
 from fruits_dask.featurize.weights import Weights, imagenet_path, load_weights
 from fruits_dask.records import Features, FeaturizerSpec, Pixels
 from jobs import OPTIONS, environment
@@ -80,8 +86,16 @@ def fruits() -> Weights:
 def installed(
     weights: Weights, *, engine: str = "tensorflow", precision: str = "float32"
 ) -> FeaturizerSpec:
-    install_weights(weights.sha256, weights.data)
-    return weights.spec(engine=engine, precision=precision, n_threads=2)
+    spec = weights.spec(engine=engine, precision=precision, n_threads=2)
+    network = prepared(engine, weights)
+    install_network(spec, hashlib.sha256(network).hexdigest(), network)
+    return spec
+
+
+@cache
+def prepared(engine: str, weights: Weights) -> bytes:
+    """Convert once: it takes a second or two."""
+    return prepare_network(engine, weights)
 
 
 @pytest.fixture(scope="module", params=["tensorflow", "openvino"])
@@ -231,7 +245,7 @@ def test_openvino_takes_any_number_of_threads(fruits: Weights, pixels: Pixels) -
     some = np.ascontiguousarray(pixels[:41, :side, :side])
     spec = fruits.spec(engine="openvino")
     rows = [
-        OpenVinoFeaturizer(replace(spec, n_threads=n_threads), fruits.data)(some)
+        build_featurizer(replace(spec, n_threads=n_threads), prepared("openvino", fruits))(some)
         for n_threads in (1, 3)
     ]
     assert row_difference(rows[1], rows[0]) <= TOLERANCE
@@ -239,16 +253,15 @@ def test_openvino_takes_any_number_of_threads(fruits: Weights, pixels: Pixels) -
 
 @pytest.mark.slow
 def test_openvino_needs_no_tensorflow(fruits: Weights, tmp_path: Path) -> None:
-    """Neither the worker nor the process that converts imports it, or Keras in the worker."""
+    """Neither the worker nor the process that converts imports it; only the latter, Keras."""
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('somebody imports TensorFlow')")
     code = """
 import sys
-from fruits_dask.featurize import get_featurizer, install_weights
+from fruits_dask.featurize import build_featurizer, prepare_network
 from fruits_dask.featurize.weights import load_weights
 from fruits_dask.records import StoreOptions
 w = load_weights("fruits", None, StoreOptions())
-install_weights(w.sha256, w.data)
-get_featurizer(w.spec(engine="openvino"))
+build_featurizer(w.spec(engine="openvino"), prepare_network("openvino", w))
 assert "keras" not in sys.modules
 """
     done = subprocess.run(
@@ -263,19 +276,21 @@ assert "keras" not in sys.modules
 
 
 @pytest.mark.slow
-def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_said() -> None:
     stream = io.BytesIO()
     with h5py.File(stream, "w") as file:
         file["numbers"] = np.zeros(7, np.float32)
     with pytest.raises(EngineError, match=f"{FRUITS_BACKBONE} could not be converted"):
-        convert(FRUITS_BACKBONE, stream.getvalue(), tmp_path)
+        convert(FRUITS_BACKBONE, stream.getvalue())
 
 
 def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch, fruits: Weights) -> None:
     monkeypatch.setattr(featurize, "find_spec", lambda name: None)
-    spec = replace(installed(fruits, engine="openvino"), image_px=1)  # of no other test
-    with pytest.raises(EngineError, match=r"pip install 'fruits_dask\[openvino\]'"):
-        get_featurizer(spec)
+    missing = pytest.raises(EngineError, match=r"pip install 'fruits_dask\[openvino\]'")
+    with missing:
+        prepare_network("openvino", fruits)
+    with missing:
+        build_featurizer(fruits.spec(engine="openvino"), b"")
 
 
 @pytest.mark.slow
@@ -286,12 +301,11 @@ def test_memory_does_not_grow_with_the_calls(
     """``model.predict`` in a loop leaks (keras#13118); 60 batches show it, after 10 to warm up."""
     code = f"""
 import gc, numpy as np, psutil
-from fruits_dask.featurize import get_featurizer, install_weights
+from fruits_dask.featurize import build_featurizer, prepare_network
 from fruits_dask.featurize.weights import load_weights
 from fruits_dask.records import StoreOptions
 w = load_weights("fruits", None, StoreOptions())
-install_weights(w.sha256, w.data)
-f = get_featurizer(w.spec(engine="{engine_name}", n_threads=1))
+f = build_featurizer(w.spec(engine="{engine_name}"), prepare_network("{engine_name}", w))
 x = np.zeros(({BATCH_SIZE}, w.backbone.image_px, w.backbone.image_px, 3), np.uint8)
 rss = psutil.Process().memory_info
 for _ in range(10): f(x)
@@ -332,8 +346,8 @@ def test_damaged_weights_are_refused(fruits: Weights) -> None:
     damaged = bytearray(fruits.data)
     damaged[len(damaged) // 2] ^= 1
     with pytest.raises(WeightsError, match="arrived damaged"):
-        install_weights(fruits.sha256, bytes(damaged))
-    assert bytes(damaged) not in featurize._weights.values()
+        install_network(fruits.spec(engine="tensorflow"), fruits.sha256, bytes(damaged))
+    assert bytes(damaged) not in featurize._networks.values()
 
 
 # Keras tells of every layer that it skips, before it raises.

@@ -544,15 +544,14 @@ def test_parts_that_changed_meanwhile_are_noticed(reducer: Reducer, tmp_path: Pa
 def real_features(shared: Path) -> Rows:
     """Features of real photos by the bundled weights."""
     from fruits_dask.decode import decode  # noqa: PLC0415
-    from fruits_dask.featurize import get_featurizer, install_weights  # noqa: PLC0415
+    from fruits_dask.featurize import build_featurizer  # noqa: PLC0415
     from fruits_dask.featurize.weights import load_weights  # noqa: PLC0415
 
     weights = load_weights("fruits", None, OPTIONS)
-    install_weights(weights.sha256, weights.data)
     spec = weights.spec(engine="tensorflow")
     paths = sorted((shared / "data").rglob("*.jpg"))[::4]
     pixels = [decode(path.read_bytes(), image_px=spec.image_px) for path in paths]
-    return get_featurizer(spec)(np.stack(pixels))
+    return build_featurizer(spec, weights.data)(np.stack(pixels))
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
-"""A connection to workers: deliver weights, run bags, watch."""
+"""A connection to workers: deliver a network, run bags, watch."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,9 +17,10 @@ from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from ..errors import ClusterError, FruitsDaskError
-from ..featurize import get_featurizer, install_weights
+from ..featurize import get_featurizer, install_network
 from ..records import FeaturizerSpec, StoreOptions
 from ..storage import open_store
+from ..tasks import in_background
 
 if TYPE_CHECKING:
     import dask.bag as db
@@ -32,26 +34,32 @@ _BUILD_SECONDS = 30
 _LOST = (CommClosedError, OSError, TimeoutError, CancelledError)
 
 
-class WeightsPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Bring weights to every worker, also to those that join or come back later.
+class NetworkPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Bring a network to every worker, also to those that join or come back later.
 
     Parameters
     ----------
     spec : FeaturizerSpec
         The featurizer that will be needed; its build starts at once, beside other work.
-    weights : bytes
-        The weights file.
+    network : bytes
+        As `prepare_network` made it.
+    afterwards : callable, optional
+        What to do when it is built, beside other work.
     """
 
-    def __init__(self, spec: FeaturizerSpec, weights: bytes) -> None:
-        self.name = f"fruits_dask-weights-{spec.weights_sha256[:12]}"
+    def __init__(
+        self, spec: FeaturizerSpec, network: bytes, afterwards: Callable[[], None] | None
+    ) -> None:
+        self.name = f"fruits_dask-network-{spec.engine}-{spec.weights_sha256[:12]}"
         self._spec = spec
-        self._weights = weights
+        self._network = network
+        self._sha256 = hashlib.sha256(network).hexdigest()
+        self._afterwards = afterwards
         self._thread: threading.Thread | None = None
 
     def setup(self, worker: object) -> None:
         """Check and keep the weights, and start to build."""
-        install_weights(self._spec.weights_sha256, self._weights)
+        install_network(self._spec, self._sha256, self._network)
         self._thread = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
         self._thread.start()
 
@@ -64,6 +72,8 @@ class WeightsPlugin(WorkerPlugin):  # type: ignore[misc]
         # A failure shows again, with its message, in the first task.
         with suppress(FruitsDaskError):
             get_featurizer(self._spec)
+        if self._afterwards is not None:
+            self._afterwards()
 
 
 class Workers:
@@ -79,6 +89,7 @@ class Workers:
 
     def __init__(self, client: Client, *, n_threads: int) -> None:
         self._client = client
+        self._delivery: Future[None] | None = None
         self._plugins: list[str] = []
         self.n_threads = n_threads
 
@@ -92,14 +103,41 @@ class Workers:
         """Worker processes connected now."""
         return len(self._client.scheduler_info(n_workers=-1)["workers"])
 
-    def deliver(self, spec: FeaturizerSpec, weights: bytes) -> None:
-        """Give the weights to every worker; each checks their SHA-256."""
-        plugin = WeightsPlugin(spec, weights)
-        self._client.register_plugin(plugin)
+    def deliver(
+        self,
+        spec: FeaturizerSpec,
+        network: Callable[[], bytes],
+        afterwards: Callable[[], None] | None = None,
+    ) -> None:
+        """Give a network to every worker; each checks its SHA-256 and starts to build.
+
+        Returns at once: what is asked of the workers later waits for the network.
+
+        Parameters
+        ----------
+        spec : FeaturizerSpec
+            The featurizer that will be needed.
+        network : callable
+            Returns what `prepare_network` made; it may take its time.
+        afterwards : callable, optional
+            What every worker does when its featurizer is built, beside other work.
+        """
+        self._delivery = in_background(self._deliver, spec, network, afterwards)
+
+    def _deliver(
+        self,
+        spec: FeaturizerSpec,
+        network: Callable[[], bytes],
+        afterwards: Callable[[], None] | None,
+    ) -> None:
+        plugin = NetworkPlugin(spec, network(), afterwards)
         self._plugins.append(plugin.name)
+        self._client.register_plugin(plugin)
 
     def withdraw(self) -> None:
         """Take back what was given, because borrowed workers live on."""
+        if self._delivery is not None:
+            wait([self._delivery])
         for name in self._plugins:
             with suppress(*_LOST):
                 self._client.unregister_worker_plugin(name)
@@ -141,6 +179,7 @@ class Workers:
         list
             What it returned, one item a worker.
         """
+        self._wait_for_delivery()
         addresses = self._client.scheduler_info(n_workers=-1)["workers"]
         shared = [self._client.scatter([item], broadcast=True)[0] for item in arguments]
         futures = [
@@ -168,6 +207,7 @@ class Workers:
         ClusterError
             If a task ended several workers.
         """
+        self._wait_for_delivery()
         futures = self._client.compute(bag.to_delayed()) if bag is not None else []
         try:
             for future, items in as_completed(futures, with_results=True):
@@ -188,6 +228,10 @@ class Workers:
         finally:
             with suppress(*_LOST):
                 self._client.cancel(futures)
+
+    def _wait_for_delivery(self) -> None:
+        if self._delivery is not None:
+            self._delivery.result()
 
     @contextmanager
     def performance_report(self, keep: Callable[[Path], None]) -> Iterator[None]:

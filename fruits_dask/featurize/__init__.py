@@ -1,7 +1,8 @@
 """Pixels to vectors: the seam behind which TensorFlow lives, and its cache in every process.
 
-Importing this package imports no engine. An engine is imported when its featurizer is first built,
-which happens on the workers only.
+The driver prepares a network once, with `prepare_network`, and delivers it; every worker keeps it
+with `install_network` and builds its featurizer from it. Importing this package imports no engine.
+An engine is imported when its featurizer is first built, which happens on the workers only.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import threading
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EngineError, WeightsError
 from ..records import Features, FeaturizerSpec, Pixels
 
+if TYPE_CHECKING:
+    from .weights import Weights
+
 _lock = threading.Lock()
-_weights: dict[str, bytes] = {}
+_networks: dict[FeaturizerSpec, bytes] = {}
 _featurizers: dict[FeaturizerSpec, Featurizer] = {}
 
 
@@ -51,15 +55,45 @@ def check_engine(engine: str) -> None:
         )
 
 
-def install_weights(sha256: str, data: bytes) -> None:
-    """Keep the bytes of a weights file for the featurizers of this process.
+def prepare_network(engine: str, weights: Weights) -> bytes:
+    """Make what the featurizers of an engine are built from; once, where the run is.
 
     Parameters
     ----------
+    engine : str
+        ``tensorflow`` or ``openvino``.
+    weights : Weights
+        A weights file and its backbone.
+
+    Returns
+    -------
+    bytes
+        For OpenVINO the converted network, after a second or two; for TensorFlow the file as it is.
+
+    Raises
+    ------
+    EngineError
+        If the engine is not installed here, or the network cannot be converted.
+    """
+    check_engine(engine)
+    if engine != "openvino":
+        return weights.data
+    from .convert import convert  # noqa: PLC0415 - an extra
+
+    return convert(weights.backbone.name, weights.data)
+
+
+def install_network(spec: FeaturizerSpec, sha256: str, data: bytes) -> None:
+    """Keep a prepared network for the featurizer of this process.
+
+    Parameters
+    ----------
+    spec : FeaturizerSpec
+        The featurizer.
     sha256 : str
-        What the sender computed, hexadecimal.
+        Of the network, as the sender computed it, hexadecimal.
     data : bytes
-        The file.
+        What `prepare_network` made.
 
     Raises
     ------
@@ -69,7 +103,7 @@ def install_weights(sha256: str, data: bytes) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise WeightsError(f"the weights arrived damaged: SHA-256 is {found}, expected {sha256}")
-    _weights[sha256] = data
+    _networks[spec] = data
 
 
 def get_featurizer(spec: FeaturizerSpec) -> Featurizer:
@@ -78,7 +112,7 @@ def get_featurizer(spec: FeaturizerSpec) -> Featurizer:
     Parameters
     ----------
     spec : FeaturizerSpec
-        Which one; its weights must have been installed.
+        Which one; its network must have been installed.
 
     Returns
     -------
@@ -88,28 +122,48 @@ def get_featurizer(spec: FeaturizerSpec) -> Featurizer:
     Raises
     ------
     WeightsError
-        If the weights were not installed or do not fit the backbone.
+        If the network was not installed, or the weights do not fit the backbone.
     EngineError
         If the engine is not installed, or cannot run the network.
     """
     with _lock:  # one build, whoever comes first: the warm-up thread or the first task
         if spec not in _featurizers:
-            _featurizers[spec] = _build(spec)
+            if spec not in _networks:
+                raise WeightsError(
+                    f"weights {spec.weights_sha256[:12]} are not on this worker; the driver "
+                    "delivers them when the cluster is opened"
+                )
+            _featurizers[spec] = build_featurizer(spec, _networks[spec])
         return _featurizers[spec]
 
 
-def _build(spec: FeaturizerSpec) -> Featurizer:
-    data = _weights.get(spec.weights_sha256)
-    if data is None:
-        raise WeightsError(
-            f"weights {spec.weights_sha256[:12]} are not on this worker; the driver delivers them "
-            "when the cluster is opened"
-        )
+def build_featurizer(spec: FeaturizerSpec, network: bytes) -> Featurizer:
+    """Build a featurizer.
+
+    Parameters
+    ----------
+    spec : FeaturizerSpec
+        Which one.
+    network : bytes
+        What `prepare_network` made.
+
+    Returns
+    -------
+    Featurizer
+        A new object.
+
+    Raises
+    ------
+    WeightsError
+        If the weights do not fit the backbone.
+    EngineError
+        If the engine is not installed, or cannot run the network.
+    """
     check_engine(spec.engine)
     if spec.engine == "openvino":
         from .openvino import OpenVinoFeaturizer  # noqa: PLC0415 - an extra
 
-        return OpenVinoFeaturizer(spec, data)
+        return OpenVinoFeaturizer(spec, network)
     from .keras import KerasFeaturizer  # noqa: PLC0415 - TensorFlow takes seconds to import
 
-    return KerasFeaturizer(spec, data)
+    return KerasFeaturizer(spec, network)

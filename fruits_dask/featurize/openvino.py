@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,12 @@ import numpy as np
 from ..errors import EngineError
 from ..records import Features, FeaturizerSpec, Pixels
 from .backbones import find_backbone
-from .convert import convert
+from .convert import unpack
 from .keras import pad
 
-# The best of 1 to 16 for MobileNetV2 on one to two CPU threads.
-BATCH_SIZE = 8
+# The best of 1 to 16 for MobileNetV2 where a core has 1 MiB of second-level cache: what most layers
+# take and give must fit in there. A row of features does not depend on it, to the last bit.
+BATCH_SIZE = 2
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 
@@ -33,27 +32,26 @@ class OpenVinoFeaturizer:
     ----------
     spec : FeaturizerSpec
         Backbone, input size, precision and number of threads.
-    weights : bytes
-        A Keras weights file for this backbone.
+    network : bytes
+        As `convert` made it.
 
     Raises
     ------
     EngineError
-        If the network cannot be converted, or this processor has no bfloat16.
+        If this processor has no bfloat16.
     """
 
-    def __init__(self, spec: FeaturizerSpec, weights: bytes) -> None:
+    def __init__(self, spec: FeaturizerSpec, network: bytes) -> None:
         import openvino  # noqa: PLC0415 - an extra
 
         core = openvino.Core()
         self._n_features = spec.n_features
-        with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
-            model = _with_scaling(core.read_model(convert(spec.backbone, weights, Path(folder))))
-            model.reshape([BATCH_SIZE, spec.image_px, spec.image_px, 3])
-            networks = [
-                _compiled(core, part, precision, spec.n_threads)
-                for part, precision in _parts(model, spec)
-            ]
+        model = _with_scaling(core.read_model(*unpack(network)))
+        model.reshape([BATCH_SIZE, spec.image_px, spec.image_px, 3])
+        networks = [
+            _compiled(core, part, precision, spec.n_threads)
+            for part, precision in _parts(model, spec)
+        ]
         self._lanes = [_Lane(networks) for _ in range(spec.n_threads)]
 
     def __call__(self, pixels: Pixels) -> Features:

@@ -156,6 +156,8 @@ def _fit_batches(  # type: ignore[no-untyped-def]
         of_batch = merge_all(rows).to_delayed()
         merged = of_batch if moments is None else delayed(Moments.merge)(moments, of_batch)
         moments = merged.persist()
+        if n_done == len(batches) - 1:
+            spectrum = delayed(eigenvalues)(moments).persist()  # beside the last fit
         is_flat = is_flat and moments.total_variance.compute() == 0
         if is_flat:  # dask-ml would divide 0 by 0; the primed state is right, but for the count
             estimator.n_samples_seen_ = sum(_n_rows(b) for b in batches[: n_done + 1])
@@ -165,7 +167,7 @@ def _fit_batches(  # type: ignore[no-untyped-def]
     if is_flat:
         raise all_same(estimator.n_samples_seen_)
     on_batch(len(batches))
-    total, values = dask.compute(moments, delayed(eigenvalues)(moments))
+    total, values = dask.compute(moments, spectrum)
     return total, values
 
 
