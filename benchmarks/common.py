@@ -89,10 +89,15 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
 
 def conclude(target: Path | None, rows: Sequence[Row], settings: Mapping[str, object]) -> None:
     """Print the machine and write everything as JSON."""
-    described = machine()
-    _console().print(", ".join(f"{key} {value}" for key, value in described.items()), style="dim")
+    described = ", ".join(f"{key} {value}" for key, value in machine().items())
+    _console().print(described, style="dim")
+    write_json(target, rows, settings)
+
+
+def write_json(target: Path | None, rows: Sequence[Row], settings: Mapping[str, object]) -> None:
+    """Write the machine, the settings and what was measured."""
     if target is not None:
-        found = {"machine": described, "settings": dict(settings), "rows": list(rows)}
+        found = {"machine": machine(), "settings": dict(settings), "rows": list(rows)}
         target.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import pyarrow.parquet as pq
 import typer
-from common import PHOTOS, SHARED, JsonFile, Row, conclude, machine, mib, print_table
+from common import PHOTOS, SHARED, JsonFile, Row, machine, mib, print_table, write_json
 
 from fruits_dask.bench import measure_ceiling
 from fruits_dask.config import Settings
@@ -177,6 +177,11 @@ class Medians:
     def __contains__(self, name: str) -> bool:
         return name in self._rounds[0]
 
+    @property
+    def engines(self) -> list[str]:
+        """Those of our own that were measured."""
+        return [engine for engine in ENGINES if engine in self]
+
     def of(self, name: str, figure: str) -> float:
         """Median of a figure."""
         return statistics.median(rows[name][figure] for rows in self._rounds)
@@ -212,7 +217,7 @@ def _against_peers(found: Medians) -> list[Row]:
         if name not in found:
             continue
         cells = []
-        for engine in ("tensorflow", "openvino"):
+        for engine in (engine for engine in SHARES if engine in found):
             ratio = found.ratio((name, "wall_seconds"), (engine, "wall_seconds"))
             least = TARGETS[name, engine]
             verdicts.append(_verdict(f"{name} / {engine}", ratio, least))
@@ -220,7 +225,7 @@ def _against_peers(found: Medians) -> list[Row]:
         rows.append((name, f"{found.of(name, 'wall_seconds'):.1f}", *cells))
     rows += [
         (f"fruits_dask {engine}", f"{found.of(engine, 'wall_seconds'):.1f}", "", "")
-        for engine in ENGINES
+        for engine in found.engines
     ]
     print_table(
         "Whole job: photos to features, PCA, CSV",
@@ -232,20 +237,19 @@ def _against_peers(found: Medians) -> list[Row]:
 
 def _against_ceilings(found: Medians) -> list[Row]:
     verdicts, rows = [], []
-    for engine in ENGINES:
+    for engine in found.engines:
         top = (f"ceiling {engine}", "images_per_second")
         share = found.ratio((engine, "steady"), top)
         cells = [engine, f"{found.of(*top):.0f}", f"{found.of(engine, 'steady'):.0f}"]
         if engine in SHARES:
             verdicts.append(_verdict(f"{engine} / its ceiling", share, SHARES[engine]))
-            single = f"{engine}, 1 worker"
-            scaling = found.ratio((engine, "steady"), (single, "steady"))
-            verdicts.append(_verdict(f"{engine}, 2 workers / 1", scaling, SCALING))
-            cells += [
-                f"{share:.2f} (>= {SHARES[engine]:g})",
-                f"{found.of(single, 'steady'):.0f}",
-                f"{scaling:.2f}x (>= {SCALING:g}x)",
-            ]
+            cells.append(f"{share:.2f} (>= {SHARES[engine]:g})")
+            if (single := f"{engine}, 1 worker") in found:
+                scaling = found.ratio((engine, "steady"), (single, "steady"))
+                verdicts.append(_verdict(f"{engine}, 2 workers / 1", scaling, SCALING))
+                cells += [f"{found.of(single, 'steady'):.0f}", f"{scaling:.2f}x (>= {SCALING:g}x)"]
+            else:
+                cells += ["", ""]
         else:
             cells += [f"{share:.2f}", "", ""]
         cells += [
@@ -267,7 +271,7 @@ def _against_ceilings(found: Medians) -> list[Row]:
 def _shares(found: Medians) -> None:
     """Print where the time of a whole job goes."""
     rows = []
-    for engine in ENGINES:
+    for engine in found.engines:
         wall = found.of(engine, "wall_seconds")
         stages = found.nested(engine, "stages")
         stages["rest"] = wall - sum(stages.values())
@@ -313,15 +317,19 @@ LABELS = {
 def main(
     photos: Annotated[Path, typer.Option(help="Folder of photos")] = PHOTOS,
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured")] = 3,
-    only: Annotated[str, typer.Option(help="Comma-separated names, for a part of it")] = "",
+    only: Annotated[str, typer.Option(help="Names with ; between them, for a part of it")] = "",
     picture: Annotated[Path | None, typer.Option(help="Draw the bars there")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure, print the tables, draw the picture."""
     os.environ["KERAS_HOME"] = str(KERAS_HOME)
-    names = {name.strip() for name in only.split(",")} if only else None
+    names = {name.strip() for name in only.split(";")} if only else None
     wanted = [c for c in contenders() if names is None or c.name in names]
-    measured = [measure_round(number, photos, wanted) for number in range(1, rounds + 1)]
+    measured: list[list[Row]] = []
+    for number in range(1, rounds + 1):
+        measured.append(measure_round(number, photos, wanted))
+        # What was measured stays, also when a later round fails.
+        write_json(json_file, [row for rows in measured for row in rows], {"rounds": number})
     found = Medians(measured)
     verdicts = report(found)
     for verdict in verdicts:
@@ -330,7 +338,7 @@ def main(
     if picture is not None:
         described = machine()
         plot(found, picture, f"{described['cores']} cores, {described['date']}")
-    conclude(json_file, [row for rows in measured for row in rows], {"rounds": rounds})
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 
 if __name__ == "__main__":
