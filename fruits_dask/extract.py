@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import dask.bag as db
 
 # Images that are decoded before the network sees them; bounds the pixels in memory.
-_CHUNK_IMAGES = 64
+_CHUNK_IMAGES = 128
 # A worker has two tasks at a time: one computes while the other reads, decodes and stores. So the
 # network never waits for the store, and what is prefetched is bounded by one chunk.
 _computing = threading.Lock()

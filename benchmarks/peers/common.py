@@ -89,10 +89,12 @@ def print_summary(watch: Stopwatch, n_images: int, ratio: Matrix) -> None:
     print(json.dumps(summary), flush=True)
 
 
-def limit_tensorflow_threads(n_threads: int) -> None:
-    """Bound TensorFlow's pools; only before its first operation."""
+def limit_tensorflow_threads(n_threads: int | None) -> None:
+    """Bound TensorFlow's pools, if they shall be; only before its first operation."""
     import tensorflow as tf  # noqa: PLC0415
 
+    if n_threads is None:
+        return
     tf.config.threading.set_intra_op_parallelism_threads(n_threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
@@ -110,7 +112,7 @@ def build_model(weights: Path) -> Any:  # noqa: ANN401 - Keras is untyped
 
 
 @lru_cache(maxsize=1)
-def model_of_worker(weights: bytes, n_threads: int) -> Any:  # noqa: ANN401
+def model_of_worker(weights: bytes, n_threads: int | None) -> Any:  # noqa: ANN401
     """Build the model from the bytes of a weights file, once in a process."""
     limit_tensorflow_threads(n_threads)
     with tempfile.NamedTemporaryFile(suffix=".h5") as file:
@@ -127,12 +129,16 @@ def decode(content: bytes) -> NDArray[np.uint8]:
         return np.asarray(resized)
 
 
-def embed(model: Any, contents: Sequence[bytes]) -> NDArray[np.float32]:  # noqa: ANN401
+def embed(
+    model: Any,  # noqa: ANN401
+    contents: Sequence[bytes],
+    batch_size: int = BATCH_SIZE,
+) -> NDArray[np.float32]:
     """Turn the bytes of photos into (n, 1280) features."""
     from keras.applications.mobilenet_v2 import preprocess_input  # noqa: PLC0415
 
     pixels = np.stack([decode(content) for content in contents]).astype(np.float32)
-    return model.predict(preprocess_input(pixels), batch_size=BATCH_SIZE, verbose=0)
+    return model.predict(preprocess_input(pixels), batch_size=batch_size, verbose=0)
 
 
 def vectors_column(matrix: NDArray[np.float32]) -> pa.Array:

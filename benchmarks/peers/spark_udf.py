@@ -1,7 +1,8 @@
 """Peer: Spark with an iterator pandas UDF over binaryFile, spark.ml's PCA; one machine, two cores.
 
-The shape of the well-known notebooks of the "fruits on EMR" exercise, with their time sinks mended:
-few partitions, the model built once a Python worker, one TensorFlow thread in each of the two.
+The well-known notebooks of the "fruits on EMR" exercise with their time sinks mended: few
+partitions, the model built once a Python worker, one TensorFlow thread in each of the two, larger
+batches. `spark_notebook.py` beside this file is the same job with those of the notebooks.
 
 python benchmarks/peers/spark_udf.py --output OUTPUT
 """
@@ -10,7 +11,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -35,15 +38,33 @@ from pyspark.ml.functions import array_to_vector, vector_to_array
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as f
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How the work is cut."""
+
+    n_partitions: int
+    """Tasks."""
+    n_threads: int | None
+    """TensorFlow threads in each of two Python workers; None for what TensorFlow takes."""
+    keeps_model: bool
+    """Build the model once a Python worker; otherwise once a task."""
+    udf_rows: int
+    """Photos that the pandas UDF gets at a time."""
+    batch_size: int
+    """Photos that `predict` takes at a time."""
+
+
 # One task and one TensorFlow thread for each of two cores. Two threads in each, and batches of 128,
 # could not be told apart from this at 400 photos.
-N_PARTITIONS = 2
-THREADS_OF_WORKER = 1
+TUNED = Shape(
+    n_partitions=2, n_threads=1, keeps_model=True, udf_rows=BATCH_SIZE, batch_size=BATCH_SIZE
+)
 # Of a share of the variance; float32 scores give some 1e-8.
 TOLERANCE = 1e-5
 
 
-def start_spark() -> SparkSession:
+def start_spark(shape: Shape) -> SparkSession:
     """Start Spark on two cores of this machine, on the loopback interface, without its pages."""
     os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
     os.environ["PYSPARK_PYTHON"] = sys.executable
@@ -54,14 +75,15 @@ def start_spark() -> SparkSession:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.shuffle.partitions": "2",
-        "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_SIZE),
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(shape.udf_rows),
     }
     builder = SparkSession.builder.master("local[2]").appName("fruits")
     for name, value in settings.items():
         builder = builder.config(name, value)
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
-    spark.sparkContext.addPyFile(common.__file__)
+    for module in (common.__file__, __file__):  # the Python workers import them
+        spark.sparkContext.addPyFile(module)
     return spark
 
 
@@ -81,24 +103,25 @@ def read_photos(spark: SparkSession, root: Path, limit: int | None) -> DataFrame
     )
 
 
-def features_udf(weights: Broadcast[bytes]) -> Callable[[str], Column]:
+def features_udf(weights: Broadcast[bytes], shape: Shape) -> Callable[[str], Column]:
     """Make the function of a column of JPEG bytes that computes the features."""
 
     @f.pandas_udf("array<float>")
     def featurize(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        model = model_of_worker(weights.value, THREADS_OF_WORKER)
+        build: Any = model_of_worker if shape.keeps_model else model_of_worker.__wrapped__
+        model = build(weights.value, shape.n_threads)
         for contents in batches:
-            yield pd.Series(list(embed(model, contents.tolist())))
+            yield pd.Series(list(embed(model, contents.tolist(), shape.batch_size)))
 
     return featurize
 
 
 def write_features(
-    spark: SparkSession, photos: DataFrame, weights: Path, output: Path
+    spark: SparkSession, photos: DataFrame, weights: Path, output: Path, shape: Shape
 ) -> DataFrame:
     """Compute the features, write them as Parquet and read them back."""
-    featurize = features_udf(spark.sparkContext.broadcast(weights.read_bytes()))
-    features = photos.repartition(N_PARTITIONS).select(
+    featurize = features_udf(spark.sparkContext.broadcast(weights.read_bytes()), shape)
+    features = photos.repartition(shape.n_partitions).select(
         "path", "label", "split", featurize("content").alias("features")
     )
     features.write.parquet(str(output / "features"))
@@ -146,14 +169,14 @@ def check_pca(scores: Path, stds: Matrix, ratio: Matrix) -> None:
         )
 
 
-def main() -> None:
+def main(shape: Shape = TUNED, description: str | None = __doc__) -> None:
     """Do the whole job."""
-    arguments = parse_arguments(__doc__)
+    arguments = parse_arguments(description)
     watch = Stopwatch()
     with watch.phase("features"):
-        spark = start_spark()
+        spark = start_spark(shape)
         photos = read_photos(spark, arguments.input, arguments.limit)
-        features = write_features(spark, photos, arguments.weights, arguments.output)
+        features = write_features(spark, photos, arguments.weights, arguments.output, shape)
     with watch.phase("pca"):
         vectors = features.withColumn("vector", array_to_vector("features")).cache()
         model = fit_pca(vectors)
