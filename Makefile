@@ -41,7 +41,7 @@ test: lint test-tools ## lint, types and all tests
 test-tools: setup
 	tools/install-test-tools
 
-bench: setup $(PEERS)/.venv/.ready ## this package against Spark, Ray, tf.data and its own ceiling (40 minutes)
+bench: setup $(PEERS)/.venv/.ready ## this package against Spark, Ray, tf.data and its own ceiling (45 minutes)
 	mkdir -p out
 	$(BIN)/python benchmarks/speed.py --rounds $(ROUNDS) --picture out/speed.png --json out/speed.json
 

@@ -74,7 +74,7 @@ def upload(photos: Path, endpoint_url: str, limit: int) -> None:
 def main(
     *,
     photos: Annotated[Path, typer.Option(help="Folder of photos")] = PHOTOS,
-    limit: Annotated[int, typer.Option(help="Photos of it")] = 3000,
+    limit: Annotated[int, typer.Option(help="Photos of it")] = 6_833,
     engine: Annotated[str, typer.Option(help="tensorflow or openvino")] = "openvino",
     delay_ms: Annotated[float, typer.Option(help="How late every answer is")] = 30.0,
     rounds: Annotated[int, typer.Option(min=1)] = 3,

@@ -231,7 +231,10 @@ def _against_peers(found: Medians) -> list[Row]:
         if name not in found:
             continue
         cells = []
-        for engine in (engine for engine in SHARES if engine in found):
+        for engine in SHARES:
+            if engine not in found:
+                cells += ["", ""]
+                continue
             ratio = found.ratio((name, "wall_seconds"), (engine, "wall_seconds"))
             least = TARGETS[name, engine]
             verdicts.append(_verdict(f"{name} / {engine}", ratio, least))
@@ -284,7 +287,7 @@ def _against_ceilings(found: Medians) -> list[Row]:
 
 def _shares(found: Medians) -> None:
     """Print where the time of a whole job goes."""
-    rows = []
+    rows, names = [], []
     for engine in found.engines:
         wall = found.of(engine, "wall_seconds")
         stages = found.nested(engine, "stages")
@@ -312,7 +315,7 @@ def plot(found: Medians, target: Path, subtitle: str) -> None:
     axes.bar_label(bars, [f"{s:.0f} s" for s in seconds], padding=4)
     axes.invert_yaxis()
     axes.set_xlim(0, max(seconds) * 1.12)
-    axes.set_xlabel(f"seconds for 6,833 photos to features, PCA and CSV; {subtitle}")
+    axes.set_xlabel(f"seconds, from photos to features, PCA and CSV\n{subtitle}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=150)
 
@@ -349,9 +352,11 @@ def main(
     for verdict in verdicts:
         mark = "reached" if verdict["reached"] else "MISSED "
         print(f"{mark}  {verdict['what']}: {verdict['value']:.2f}, target {verdict['target']:g}")
-    if picture is not None:
+    if picture is not None and found.engines:
         described = machine()
-        plot(found, picture, f"{described['cores']} cores, {described['date']}")
+        n_images = found.of(found.engines[0], "n_images")
+        cores = f"{described['cpu']}, {described['cores']} cores"
+        plot(found, picture, f"{n_images:,.0f} photos, {cores}, {described['date']}")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 

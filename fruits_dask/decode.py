@@ -190,12 +190,8 @@ def thumbnail(pixels: Pixels, *, side_px: int = 48) -> bytes:
         A JPEG file.
     """
     side = min(side_px, len(pixels))
-    image = Image.fromarray(pixels).resize(
-        # The quickest of the filters that leave no jagged edges.
-        (side, side),
-        Image.Resampling.HAMMING,
-        reducing_gap=2.0,
-    )
+    quick = Image.Resampling.HAMMING  # of the filters that leave no jagged edges
+    image = Image.fromarray(pixels).resize((side, side), quick, reducing_gap=2.0)
     stream = BytesIO()
     image.save(stream, "JPEG", quality=80, optimize=True)
     return stream.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -127,7 +127,7 @@ def extract(
     with _opened(settings, progress, overwrite=overwrite, keep_reduction=True) as space:
         if "extract" in space.stages:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
-        with _workers(space, featurize=True) as workers:
+        with _workers(space, featurize=True, reduce=False) as workers:
             _plan(space)
             _extract(space, workers)
         return Outcome(output=space.output, record=space.record)
@@ -236,8 +236,8 @@ def _photos(settings: Settings, progress: Progress) -> Iterator[Settings]:
 
 
 @contextmanager
-def _workers(space: Workspace, *, featurize: bool) -> Iterator[Workers]:
-    """Open the cluster, let it start the engine if there is use for it, and keep what Dask saw."""
+def _workers(space: Workspace, *, featurize: bool, reduce: bool = True) -> Iterator[Workers]:
+    """Open the cluster, let it prepare for what there is to do, and keep what Dask saw."""
     engine = space.settings.engine
     if featurize:
         check_engine(engine)  # before anything is started
@@ -246,9 +246,7 @@ def _workers(space: Workspace, *, featurize: bool) -> Iterator[Workers]:
     network = in_background(prepare_network, engine, space.weights) if featurize else None
     with open_cluster(space.settings) as workers:
         if network:
-            from .reduce import prepare_worker  # noqa: PLC0415 - planning needs no Dask
-
-            afterwards = partial(prepare_worker, space.settings.reducer)
+            afterwards = _worker_preparation(space) if reduce else None
             workers.deliver(_spec(space, workers), network.result, afterwards)
         space.record["workers"] = {
             "n_workers": workers.n_workers,
@@ -406,8 +404,15 @@ def _check_usable(space: Workspace) -> None:
     )
 
 
+def _worker_preparation(space: Workspace) -> Callable[[], None]:
+    """Return what imports the needs of the reduction on a worker."""
+    from .reduce import prepare_worker  # noqa: PLC0415 - planning needs no Dask
+
+    return partial(prepare_worker, space.settings.reducer)
+
+
 def _prepare_reduction(space: Workspace) -> None:
-    """Import what the reduction needs while the workers make features."""
+    """Import what the reduction needs here while the workers make features."""
     from .reduce import prepare  # noqa: PLC0415 - planning needs no Dask
 
     in_background(prepare, space.settings.reducer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def bag_of(items: Sequence[_T], function: Callable[[_T], object]) -> db.Bag | No
 
 
 def in_background(function: Callable[..., _T], *arguments: object) -> Future[_T]:
-    """Call a function in a thread of its own, which ends with it.
+    """Call a function in a thread of its own, which holds up neither Ctrl-C nor the end.
 
     Parameters
     ----------
@@ -58,8 +59,13 @@ def in_background(function: Callable[..., _T], *arguments: object) -> Future[_T]
     concurrent.futures.Future
         Of what it returns or raises.
     """
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(function, *arguments)
-    finally:
-        pool.shutdown(wait=False)
+    future: Future[_T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as exc:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(exc)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future

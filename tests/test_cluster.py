@@ -169,7 +169,7 @@ def test_leaving_early_cancels_the_rest(workers: Workers, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_weights_reach_workers_that_come_later(workers: Workers) -> None:
     weights = load_weights("fruits", None, OPTIONS)
-    workers.deliver(weights.spec(engine="tensorflow"), lambda: weights.data)
+    workers.deliver(weights.spec(engine="tensorflow"), lambda: weights.data, _leave_a_mark)
     workers._wait_for_delivery()
     client = workers._client
     before = set(client.run(os.getpid).values())
@@ -184,6 +184,15 @@ def test_weights_reach_workers_that_come_later(workers: Workers) -> None:
 
     wait_until(is_replaced, seconds=START_SECONDS, what="a new worker in place of the killed one")
     assert set(client.run(_sha256_of_installed).values()) == {(weights.sha256,)}
+    wait_until(lambda: all(client.run(_is_marked).values()), seconds=START_SECONDS, what="the mark")
+
+
+def _leave_a_mark() -> None:
+    os.environ["FRUITS_TEST_MARK"] = "1"
+
+
+def _is_marked() -> bool:
+    return "FRUITS_TEST_MARK" in os.environ
 
 
 def _sha256_of_installed() -> tuple[str, ...]:
@@ -204,10 +213,12 @@ def test_what_is_asked_of_workers_waits_for_the_network(workers: Workers) -> Non
     weights = load_weights("fruits", None, OPTIONS)
     workers.deliver(weights.spec(engine="openvino"), fail)
     is_delivering.set()
-    for ask in (lambda: workers.each(os.getpid), lambda: list(workers.run(None))):
-        with pytest.raises(EngineError, match="could not be converted"):
-            ask()
-    workers._delivery = None
+    try:
+        for ask in (lambda: workers.each(os.getpid), lambda: list(workers.run(None))):
+            with pytest.raises(EngineError, match="could not be converted"):
+                ask()
+    finally:
+        workers._delivery = None
 
 
 @pytest.mark.slow
@@ -307,12 +318,21 @@ def test_a_run_on_borrowed_workers_leaves_them_running(borrowed: str, tmp_path: 
         done = command(*run_flags(tmp_path, "borrowed", borrowed), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert client.run(os.getpid) == before
+        assert not [name for name in plugins(client) if name.startswith("fruits_dask")]
         wait_until(lambda: n_held(client) == 0, seconds=10, what="the scheduler forgets")
     assert "Traceback" not in done.stderr
     own = command(*run_flags(tmp_path, "own", "local"), cwd=tmp_path)
     assert own.returncode == 0, own.stderr
     assert_same_tables(tables(tmp_path / "borrowed"), tables(tmp_path / "own"))
     assert (tmp_path / "borrowed" / layout.DASK_REPORT).is_file()
+
+
+def plugins(client: Client) -> list[str]:
+    """Names of what workers that join get from the scheduler."""
+    names: list[str] = client.run_on_scheduler(
+        lambda dask_scheduler: [*dask_scheduler.worker_plugins]
+    )
+    return names
 
 
 @pytest.mark.slow

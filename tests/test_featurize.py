@@ -275,6 +275,35 @@ assert "keras" not in sys.modules
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_packages_are_hidden_from_keras_alone() -> None:
+    """Not from other threads, and not for longer than its import."""
+    code = """
+import threading
+from fruits_dask.featurize.keras import without_extras
+
+def look(name):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        print(name, "hidden")
+    else:
+        print(name, "found")
+
+with without_extras():
+    look("sklearn")
+    other = threading.Thread(target=look, args=["sklearn"])
+    other.start()
+    other.join()
+    look("pandas")
+look("pandas")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    answers = ["sklearn hidden", "sklearn found", "pandas hidden", "pandas found"]
+    assert done.stdout.splitlines() == answers
+
+
 @pytest.mark.slow
 def test_what_cannot_be_converted_is_said() -> None:
     stream = io.BytesIO()
@@ -345,7 +374,7 @@ def test_weights_that_were_not_delivered_are_missed(fruits: Weights) -> None:
 def test_damaged_weights_are_refused(fruits: Weights) -> None:
     damaged = bytearray(fruits.data)
     damaged[len(damaged) // 2] ^= 1
-    with pytest.raises(WeightsError, match="arrived damaged"):
+    with pytest.raises(WeightsError, match="network arrived damaged"):
         install_network(fruits.spec(engine="tensorflow"), fruits.sha256, bytes(damaged))
     assert bytes(damaged) not in featurize._networks.values()
 

@@ -17,7 +17,7 @@ _CONNECT_SECONDS = 20
 # What must be the same on both sides: these read each other's objects or decide the features.
 _SAME = (
     *("fruits_dask", "dask", "distributed", "dask-ml", "fsspec", "s3fs"),
-    *("tensorflow", "keras", "h5py", "numpy", "pillow", "pyarrow"),
+    *("tensorflow", "openvino", "keras", "h5py", "numpy", "pillow", "pyarrow"),
 )
 
 

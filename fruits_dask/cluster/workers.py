@@ -6,8 +6,9 @@ import hashlib
 import logging
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,7 +51,8 @@ class NetworkPlugin(WorkerPlugin):  # type: ignore[misc]
     def __init__(
         self, spec: FeaturizerSpec, network: bytes, afterwards: Callable[[], None] | None
     ) -> None:
-        self.name = f"fruits_dask-network-{spec.engine}-{spec.weights_sha256[:12]}"
+        # Of this run alone: another one on the same workers may need the same network for longer.
+        self.name = f"fruits_dask-network-{uuid.uuid4().hex}"
         self._spec = spec
         self._network = network
         self._sha256 = hashlib.sha256(network).hexdigest()
@@ -58,7 +60,7 @@ class NetworkPlugin(WorkerPlugin):  # type: ignore[misc]
         self._thread: threading.Thread | None = None
 
     def setup(self, worker: object) -> None:
-        """Check and keep the weights, and start to build."""
+        """Check and keep the network, and start to build."""
         install_network(self._spec, self._sha256, self._network)
         self._thread = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
         self._thread.start()
@@ -69,11 +71,11 @@ class NetworkPlugin(WorkerPlugin):  # type: ignore[misc]
             self._thread.join(_BUILD_SECONDS)
 
     def _warm_up(self) -> None:
-        # A failure shows again, with its message, in the first task.
-        with suppress(FruitsDaskError):
+        # A failure shows again, with its message, where what was to be made ready is needed.
+        with suppress(Exception):
             get_featurizer(self._spec)
-        if self._afterwards is not None:
-            self._afterwards()
+            if self._afterwards is not None:
+                self._afterwards()
 
 
 class Workers:
@@ -90,7 +92,9 @@ class Workers:
     def __init__(self, client: Client, *, n_threads: int) -> None:
         self._client = client
         self._delivery: Future[None] | None = None
+        self._registering = threading.Lock()
         self._plugins: list[str] = []
+        self._is_withdrawn = False
         self.n_threads = n_threads
 
     @property
@@ -131,13 +135,15 @@ class Workers:
         afterwards: Callable[[], None] | None,
     ) -> None:
         plugin = NetworkPlugin(spec, network(), afterwards)
-        self._plugins.append(plugin.name)
-        self._client.register_plugin(plugin)
+        with self._registering:
+            if not self._is_withdrawn:
+                self._client.register_plugin(plugin)
+                self._plugins.append(plugin.name)
 
     def withdraw(self) -> None:
         """Take back what was given, because borrowed workers live on."""
-        if self._delivery is not None:
-            wait([self._delivery])
+        with self._registering:
+            self._is_withdrawn = True
         for name in self._plugins:
             with suppress(*_LOST):
                 self._client.unregister_worker_plugin(name)
@@ -222,16 +228,17 @@ class Workers:
         except FruitsDaskError:
             raise
         except _LOST as exc:
-            raise ClusterError(
-                f"the connection to the scheduler was lost ({exc}); run again to resume"
-            ) from exc
+            raise _lost(exc) from exc
         finally:
             with suppress(*_LOST):
                 self._client.cancel(futures)
 
     def _wait_for_delivery(self) -> None:
-        if self._delivery is not None:
-            self._delivery.result()
+        try:
+            if self._delivery is not None:
+                self._delivery.result()
+        except _LOST as exc:
+            raise _lost(exc) from exc
 
     @contextmanager
     def performance_report(self, keep: Callable[[Path], None]) -> Iterator[None]:
@@ -247,6 +254,10 @@ class Workers:
                 logger.warning("the Dask performance report could not be made: %s", exc)
             else:
                 keep(target)
+
+
+def _lost(exc: BaseException) -> ClusterError:
+    return ClusterError(f"the connection to the scheduler was lost ({exc}); run again to resume")
 
 
 def _sees(path: str, options: StoreOptions) -> bool:

@@ -102,7 +102,7 @@ def install_network(spec: FeaturizerSpec, sha256: str, data: bytes) -> None:
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise WeightsError(f"the weights arrived damaged: SHA-256 is {found}, expected {sha256}")
+        raise WeightsError(f"the network arrived damaged: SHA-256 is {found}, expected {sha256}")
     _networks[spec] = data
 
 
@@ -130,8 +130,8 @@ def get_featurizer(spec: FeaturizerSpec) -> Featurizer:
         if spec not in _featurizers:
             if spec not in _networks:
                 raise WeightsError(
-                    f"weights {spec.weights_sha256[:12]} are not on this worker; the driver "
-                    "delivers them when the cluster is opened"
+                    f"the network of the weights {spec.weights_sha256[:12]} is not on this "
+                    "worker; the driver delivers it when the cluster is opened"
                 )
             _featurizers[spec] = build_featurizer(spec, _networks[spec])
         return _featurizers[spec]

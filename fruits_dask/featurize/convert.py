@@ -56,7 +56,7 @@ def convert(backbone_name: str, weights: bytes) -> bytes:
             subprocess.run(command, env=env, check=True, capture_output=True, timeout=_SECONDS)  # noqa: S603 - this very module
             return _pack(Path(folder))
     except subprocess.CalledProcessError as exc:
-        reason = exc.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        reason = exc.stderr.decode(errors="replace").strip().rpartition("\n")[2] or exc
         raise EngineError(f"{backbone_name} could not be converted for OpenVINO: {reason}") from exc
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise EngineError(f"{backbone_name} could not be converted for OpenVINO: {exc}") from exc

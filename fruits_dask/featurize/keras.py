@@ -116,13 +116,18 @@ def build_model(backbone: Backbone, weights: bytes) -> Any:  # noqa: ANN401 - Ke
 
 @contextmanager
 def without_extras() -> Iterator[None]:
-    """Keep Keras from importing packages that it can do without, during its own import."""
+    """Keep Keras from importing packages that it can do without.
+
+    For its import only, but what it did not find then, Keras lacks until the process ends: its
+    wrappers for scikit-learn, and data frames as input of `fit`.
+    """
     finder = _Absent(_EXTRAS)
-    sys.meta_path.insert(0, finder)
+    # New lists, because other threads may be going through this one.
+    sys.meta_path = [finder, *sys.meta_path]
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        sys.meta_path = [other for other in sys.meta_path if other is not finder]
 
 
 class _Absent(MetaPathFinder):
