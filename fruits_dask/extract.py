@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -250,13 +249,16 @@ def _featurize_rows(
     outcome = _Outcome()
     paths = listed["path"].to_pylist()
     decoded = _decoded(job, paths, outcome, clock)
-    while chunk := list(islice(decoded, _CHUNK_IMAGES)):
-        batch = np.stack([pixels for _, pixels in chunk])
+    side = job.spec.image_px
+    # One buffer for chunk after chunk: what a task holds does not depend on its number of images.
+    buffer = np.empty((min(len(paths), _CHUNK_IMAGES), side, side, 3), np.uint8)
+    while positions := _fill(buffer, decoded):
+        batch = buffer[: len(positions)]
         with _computing, clock("featurize"):
             vectors = featurizer(batch)
         usable = np.asarray(np.isfinite(vectors).all(axis=1))
         outcome.vectors.append(vectors[usable])
-        for (position, pixels), is_usable in zip(chunk, usable, strict=True):
+        for position, pixels, is_usable in zip(positions, batch, usable, strict=True):
             path = paths[position]
             if not is_usable:
                 outcome.failures.append(_not_finite(path))
@@ -265,6 +267,15 @@ def _featurize_rows(
             if first_row is not None and (first_row + position) % job.thumbnail_step == 0:
                 outcome.jpegs[path] = thumbnail(pixels)
     return outcome
+
+
+def _fill(buffer: Pixels, decoded: Iterator[tuple[int, Pixels]]) -> list[int]:
+    """Put the next decoded images into the rows of `buffer`, and return their positions."""
+    positions = []
+    for row, (position, pixels) in zip(buffer, decoded, strict=False):  # the buffer asks first
+        row[...] = pixels
+        positions.append(position)
+    return positions
 
 
 def _decoded(
