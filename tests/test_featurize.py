@@ -294,13 +294,13 @@ with without_extras():
     other = threading.Thread(target=look, args=["sklearn"])
     other.start()
     other.join()
-    look("pandas")
-look("pandas")
+    look("matplotlib")
+look("matplotlib")
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
-    answers = ["sklearn hidden", "sklearn found", "pandas hidden", "pandas found"]
+    answers = ["sklearn hidden", "sklearn found", "matplotlib hidden", "matplotlib found"]
     assert done.stdout.splitlines() == answers
 
 
