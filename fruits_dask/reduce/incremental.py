@@ -14,7 +14,7 @@ from dask.delayed import Delayed
 
 from ..tasks import bag_of
 from .model import Matrix, PcaModel, all_same, keep_components, turn_positive
-from .moments import Moments, eigenvalues, exact_share, merge_all
+from .moments import Moments, captured, eigenvalues, exact_share, merge_all
 from .rows import Chunk, first_rows, load_chunk
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _measured(estimator, moments: Moments) -> PcaModel:  # type: ignore[no-untyp
     What dask-ml says of it is of the rows that it kept: after several batches too little.
     """
     components = turn_positive(np.asarray(estimator.components_, dtype=np.float64))
-    squares = np.maximum(((components @ moments.scatter) * components).sum(axis=1), 0)
+    squares = np.maximum(captured(moments, components), 0)
     order = np.argsort(-squares, kind="stable")
     variances = squares[order] / (moments.n_rows - 1)
     return PcaModel(

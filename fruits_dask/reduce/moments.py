@@ -115,6 +115,25 @@ def eigenvalues(moments: Moments) -> Matrix:
     return np.asarray(np.linalg.eigvalsh(moments.scatter), dtype=np.float64)
 
 
+def captured(moments: Moments, components: Matrix) -> Matrix:
+    """Sum the squares of all centred rows along each component.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of the rows.
+    components : ndarray, (k, d) float64
+        Orthonormal rows.
+
+    Returns
+    -------
+    ndarray, (k,) float64
+        The diagonal of C S C^T.
+    """
+    squares: Matrix = ((components @ moments.scatter) * components).sum(axis=1)
+    return squares
+
+
 def exact_share(moments: Moments, components: Matrix, spectrum: Matrix) -> float:
     """Measure how much of the variance that k components could keep these components keep.
 
@@ -132,5 +151,4 @@ def exact_share(moments: Moments, components: Matrix, spectrum: Matrix) -> float
     float
         trace(C S C^T) over the sum of the k largest eigenvalues of S; 1 at best, up to rounding.
     """
-    kept = float(((components @ moments.scatter) * components).sum())
-    return kept / float(spectrum[-len(components) :].sum())
+    return float(captured(moments, components).sum()) / float(spectrum[-len(components) :].sum())
