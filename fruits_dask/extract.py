@@ -59,6 +59,7 @@ _CHUNK_IMAGES = 128
 # A worker has two tasks at a time: one computes while the other reads, decodes and stores. So the
 # network never waits for the store, and what is prefetched is bounded by one chunk.
 _computing = threading.Lock()
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,9 +250,7 @@ def _featurize_rows(
     outcome = _Outcome()
     paths = listed["path"].to_pylist()
     decoded = _decoded(job, paths, outcome, clock)
-    side = job.spec.image_px
-    # One buffer for chunk after chunk: what a task holds does not depend on its number of images.
-    buffer = np.empty((min(len(paths), _CHUNK_IMAGES), side, side, 3), np.uint8)
+    buffer = _chunk_buffer(job.spec.image_px)
     while positions := _fill(buffer, decoded):
         batch = buffer[: len(positions)]
         with _computing, clock("featurize"):
@@ -267,6 +266,18 @@ def _featurize_rows(
             if first_row is not None and (first_row + position) % job.thumbnail_step == 0:
                 outcome.jpegs[path] = thumbnail(pixels)
     return outcome
+
+
+def _chunk_buffer(side: int) -> Pixels:
+    """Return the one buffer of this thread, for chunk after chunk and task after task.
+
+    Giving back this many bytes for others to scatter small things into would make the process grow.
+    """
+    shape = (_CHUNK_IMAGES, side, side, 3)
+    buffer: Pixels | None = getattr(_of_thread, "buffer", None)
+    if buffer is None or buffer.shape != shape:
+        buffer = _of_thread.buffer = np.empty(shape, np.uint8)
+    return buffer
 
 
 def _fill(buffer: Pixels, decoded: Iterator[tuple[int, Pixels]]) -> list[int]:

@@ -115,19 +115,19 @@ class OutputLock:
             self._write()
         except StorageError as exc:
             raise StorageError(f"cannot write into the output {self._output}: {exc}") from exc
+        except BaseException:  # Ctrl-C, and who knows how far it came
+            self._remove()
+            raise
         try:
             self._give_way()
+            self._thread.start()
         except BaseException:
-            self._store.remove(self._path(self._name))
+            self._release()
             raise
-        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._released.set()
-        self._thread.join()
-        self._store.remove(self._path(self._name))
-        self._store.prune(self._folder)
+        self._release()
 
     def check(self) -> None:
         """Refuse to go on when another run took the output, because this one slept too long.
@@ -142,6 +142,16 @@ class OutputLock:
                 f"another run took over {self._output} while this one was suspended; wait for it, "
                 "then run again"
             )
+
+    def _release(self) -> None:
+        self._released.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._remove()
+
+    def _remove(self) -> None:
+        self._store.remove(self._path(self._name))
+        self._store.prune(self._folder)
 
     def _path(self, name: str) -> str:
         return layout.join(self._folder, name)

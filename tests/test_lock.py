@@ -70,6 +70,28 @@ def local(tmp_path: Path) -> Place:
     return Place(kind="local", store=LocalStore(), root=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(LocalStore, "write"), (LocalStore, "list_folder"), (threading.Thread, "start")],
+)
+def test_an_interrupt_on_entering_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, local: Place, owner: type, method: str
+) -> None:
+    original = getattr(owner, method)
+
+    def interrupted(*args: object) -> None:
+        original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, interrupted)
+        with pytest.raises(KeyboardInterrupt), OutputLock(local.store, local.root):
+            pytest.fail("entered")
+    assert not Path(local.at(".locks")).exists()
+    with OutputLock(local.store, local.root):
+        assert len(locks(local)) == 1
+
+
 def test_a_second_run_is_refused(place: Place) -> None:
     with OutputLock(place.store, place.root):
         first = locks(place)
