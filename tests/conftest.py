@@ -2,6 +2,7 @@
 
 ::
 
+    interrupts (autouse)        Ctrl-C reaches the processes that tests start
     aws_environment (autouse)   dummy keys; nothing of the user's AWS files and FRUITS_ variables
     shared                      ../shared beside the checkout, or FRUITS_SHARED; skips when absent
     +- photos                   a few real photos of both data sets
@@ -17,6 +18,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,14 @@ class Place:
     def names(self) -> list[str]:
         """List what is below the folder."""
         return [item.name for item in self.store.list_folder(self.root)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts() -> Iterator[None]:
+    """Start processes that see Ctrl-C, also where this one was started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture(autouse=True, scope="session")
