@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -24,6 +26,20 @@ from .errors import ConfigError
 from .records import StoreOptions
 
 ENV_PREFIX = "FRUITS_"
+
+# A table of this name in a TOML file groups what cluster it is; its settings are as flat as the
+# rest.
+_CLUSTER_TABLE = "cluster"
+_IN_TABLE = {"kind": "cluster", "n_workers": "workers"}
+# Settings that are about rented machines alone.
+RENTED_SETTINGS = (
+    *("region", "availability_zone", "vpc", "subnet_id", "security_groups", "client_cidr"),
+    *("ami", "instance_type", "scheduler_instance_type", "worker_instance_type", "docker_image"),
+    *("iam_instance_profile", "use_private_ip", "spot", "key_name", "filesystem_size"),
+    *("instance_tags", "processes_per_worker", "start_timeout", "idle_timeout", "max_hours"),
+    *("max_cost", "hourly_prices"),
+)
+_SECONDS_OF_UNIT = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
 Components = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
@@ -70,10 +86,14 @@ class Settings(BaseSettings):
         "exact (from the covariance of all rows)",
     )
     cluster: str = Field(
-        "local", description="local, or the address of a Dask scheduler (tcp:// or tls://)"
+        "local",
+        description="local, ec2 (machines are rented, and given back), or the address of a Dask "
+        "scheduler (tcp:// or tls://)",
     )
     workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Worker processes of the local cluster (default: from cores and memory)"
+        None,
+        description="Worker processes of the local cluster (default: from cores and memory), or "
+        "machines to rent (default: 2)",
     )
     memory_limit: str | None = Field(
         None, description="Memory of one local worker, such as 4GiB (default: an equal share)"
@@ -103,8 +123,86 @@ class Settings(BaseSettings):
     anonymous: bool = Field(False, description="Send unsigned requests, for public buckets")
     requester_pays: bool = Field(False, description="Agree to pay for requests and transfer")
     allowed_regions: str = Field(
-        "eu-*", description="Regions where buckets may be, comma-separated patterns"
+        "eu-*",
+        description="Regions where buckets and rented machines may be, comma-separated patterns",
     )
+    region: str | None = Field(
+        None, min_length=1, description="Region of rented machines (default: that of the input)"
+    )
+    availability_zone: str | None = Field(
+        None, description="Zone of rented machines (default: that of the subnet)"
+    )
+    vpc: str | None = Field(None, description="Network of rented machines (default: the default)")
+    subnet_id: str | None = Field(
+        None, description="Subnet of rented machines (default: the first one of the network)"
+    )
+    security_groups: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Firewall of rented machines, comma-separated (default: one is made, which "
+        "admits the cluster itself and this machine, and goes with it)",
+    )
+    client_cidr: str | None = Field(
+        None,
+        description="Addresses that the made firewall admits, such as 10.1.2.3/32 (default: the "
+        "address of this machine)",
+    )
+    ami: str = Field(
+        "/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id",
+        description="Machine image, or the name of an SSM parameter that holds it; Ubuntu",
+    )
+    instance_type: str = Field("c7i.xlarge", description="Kind of the machines that are rented")
+    scheduler_instance_type: str | None = Field(
+        None, description="Kind of the scheduler's machine (default: instance_type)"
+    )
+    worker_instance_type: str | None = Field(
+        None, description="Kind of the workers' machines (default: instance_type)"
+    )
+    docker_image: str | None = Field(
+        None,
+        description="Image with this package, REPOSITORY:TAG; `cluster tag` prints the tag that "
+        "fits this machine",
+    )
+    iam_instance_profile: str | None = Field(
+        None, description="Instance profile, by name or ARN, through which machines reach S3"
+    )
+    use_private_ip: bool = Field(
+        True, description="Reach the machines inside their network; false rents public addresses"
+    )
+    spot: bool = Field(False, description="Rent spare capacity, cheaper and taken back at will")
+    key_name: str | None = Field(None, description="SSH key of rented machines")
+    filesystem_size: int = Field(40, ge=8, le=16_384, description="Disk of a machine, GB")
+    instance_tags: dict[str, str] = Field(
+        default_factory=dict, description="More tags of everything that is rented"
+    )
+    processes_per_worker: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="Worker processes on a rented machine (default: one a core)"
+    )
+    start_timeout: str = Field("15 minutes", description="How long rented machines may take")
+    idle_timeout: str = Field(
+        "20 minutes", description="Without work for this long, rented machines end by themselves"
+    )
+    max_hours: float = Field(
+        12.0, gt=0, le=168, description="After this many hours rented machines end in any case"
+    )
+    max_cost: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Stop before rented machines cost more; the next run resumes. In the currency "
+        "of hourly_prices",
+    )
+    hourly_prices: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Price of an hour of an instance type, by its name"
+    )
+
+    @field_validator("security_groups", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("start_timeout", "idle_timeout")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        seconds_of(value)
+        return value
 
     @field_validator("components", mode="before")
     @classmethod
@@ -213,6 +311,24 @@ def resolve(
     return Resolved(settings=_validate(values, origins), origins=origins)
 
 
+def seconds_of(duration: str) -> float:
+    """Read a duration such as ``20 minutes``.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    number, _, unit = duration.strip().partition(" ")
+    try:
+        seconds = float(number) * _SECONDS_OF_UNIT[unit.strip().rstrip("s")]
+    except (KeyError, ValueError) as exc:
+        raise ValueError("expected a duration such as '20 minutes'") from exc
+    if not 0 < seconds < math.inf:
+        raise ValueError("expected a duration above zero")
+    return seconds
+
+
 def flag_name(setting: str) -> str:
     """Spelling of a setting on the command line, such as ``--max-failed-share``."""
     return "--" + setting.replace("_", "-")
@@ -244,11 +360,20 @@ def _read_environment() -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return _flat(tomllib.loads(path.read_text("utf-8")))
     except FileNotFoundError as exc:
         raise ConfigError(f"there is no configuration file {path}") from exc
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise ConfigError(f"{path} is not a readable TOML file: {exc}") from exc
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of the table [cluster] beside the others."""
+    table = content.get(_CLUSTER_TABLE)
+    if not isinstance(table, dict):
+        return content
+    rest = {name: value for name, value in content.items() if name != _CLUSTER_TABLE}
+    return rest | {_IN_TABLE.get(str(name), str(name)): value for name, value in table.items()}
 
 
 def _check_name(name: str, layer: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import layout
-from .config import Settings
+from .config import RENTED_SETTINGS, Settings
 from .errors import InputError, NotFoundError, OutputExistsError, ResultError
 from .featurize.weights import Weights, load_weights, normalize_name
 from .lock import OutputLock
@@ -39,7 +39,10 @@ SAMPLE_ADDRESS = f"s3://{SAMPLE_BUCKET}/photos"
 
 _REDUCTION = {"components", "reducer"}
 # Not stored for later commands: they belong to a machine or a moment, not to the result.
-_PASSING_SETTINGS = {"cluster", "workers", "memory_limit", "dashboard_address", "output"}
+_PASSING_SETTINGS = {
+    *("output", "cluster", "workers", "memory_limit", "dashboard_address"),
+    *RENTED_SETTINGS,
+}
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fruits_dask.config import Settings, flag_name, resolve, unknown_environment
+from fruits_dask.config import Settings, flag_name, resolve, seconds_of, unknown_environment
 from fruits_dask.errors import ConfigError
 from fruits_dask.records import StoreOptions
 
@@ -130,6 +130,40 @@ def test_a_table_in_a_file_is_refused(tmp_path: Path) -> None:
         resolve(config_file=toml(tmp_path, "[run]\nlimit = 1"))
 
 
+def test_the_cluster_table_is_as_flat_as_the_rest(tmp_path: Path) -> None:
+    file = toml(
+        tmp_path,
+        'limit = 2\n[cluster]\nkind = "ec2"\nn_workers = 3\nsecurity_groups = ["sg-1", "sg-2"]',
+    )
+    found = resolve({"workers": 4}, config_file=file)
+    assert (found.settings.cluster, found.settings.workers) == ("ec2", 4)
+    assert found.settings.security_groups == ("sg-1", "sg-2")
+    assert found.origins["cluster"] == found.origins["security_groups"] == str(file)
+
+
+def test_an_unknown_name_in_the_cluster_table_gets_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'subnet'; did you mean 'subnet_id'"):
+        resolve(config_file=toml(tmp_path, '[cluster]\nsubnet = "subnet-1"'))
+
+
+def test_security_groups_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUITS_SECURITY_GROUPS", "sg-1, sg-2")
+    assert resolve().settings.security_groups == ("sg-1", "sg-2")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("20 minutes", 1200), ("1 hour", 3600), ("1.5 seconds", 1.5)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "soon", "0 minutes", "-1 hours", "inf hours", "1 day"])
+def test_a_duration_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--idle-timeout"):
+        resolve({"idle_timeout": text})
+
+
 @pytest.mark.parametrize("text", ["limit 2", "limit = \n", "a = 'b"])
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: str) -> None:
     file = toml(tmp_path, text)
@@ -235,12 +269,12 @@ def test_a_password_is_refused_and_not_repeated(flags: Mapping[str, object]) -> 
 
 def test_a_variable_with_a_typo_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRUITS_COMPONENT", "5")
-    monkeypatch.setenv("FRUITS_XYZZY", "5")
+    monkeypatch.setenv("FRUITS_QQQQQQQQ", "5")
     monkeypatch.setenv("FRUITS_LIMIT", "5")
     monkeypatch.setenv("fruits_ouput", "5")
     assert unknown_environment() == {
         "FRUITS_COMPONENT": "FRUITS_COMPONENTS",
-        "FRUITS_XYZZY": "",
+        "FRUITS_QQQQQQQQ": "",
         "fruits_ouput": "FRUITS_OUTPUT",
     }
 
