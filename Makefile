@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PEERS := benchmarks/peers
 ROUNDS := 3
 
-.PHONY: help setup run check lint test test-tools bench bench-pieces bench-scaling lock clean
+.PHONY: help setup run check lint test test-ec2 test-tools bench bench-pieces bench-scaling lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ lint: setup
 
 test: lint test-tools ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+test-ec2: setup ## only what rents machines, against EC2 in moto
+	$(BIN)/python -m pytest tests/ec2
 
 test-tools: setup
 	tools/install-test-tools

@@ -25,6 +25,7 @@ from .progress import Progress
 from .records import OPERATIONS, STAGES
 
 if TYPE_CHECKING:
+    from .cluster.ec2 import Account
     from .pipeline import Outcome
 
 app = typer.Typer(
@@ -36,6 +37,8 @@ app = typer.Typer(
     help="Turn a bucket of fruit photos into features, a PCA table and a report, on Dask.\n\n"
     "Without --input, [bold]run[/] works on generated sample photos, to show what comes out.",
 )
+cluster_app = typer.Typer(no_args_is_help=True, help="Machines rented from EC2.")
+app.add_typer(cluster_app, name="cluster")
 
 
 class Exit(IntEnum):
@@ -65,7 +68,9 @@ class Call:
 
 
 _STORE = ("endpoint_url", "profile", "anonymous", "requester_pays", "allowed_regions")
-_CLUSTER = ("cluster", "workers", "memory_limit", "dashboard_address")
+_MACHINES = ("region", "instance_type", "docker_image", "spot", "max_hours", "max_cost")
+_CLUSTER = ("cluster", "workers", "memory_limit", "dashboard_address", *_MACHINES)
+_RENTED = ("workers", *_MACHINES, "profile", "allowed_regions")
 _REDUCTION = ("components", "reducer")
 _FEATURES = (
     *("input", "output", "weights", "backbone", "engine", "precision"),
@@ -99,6 +104,17 @@ _DESTINATION = _extra(
 _PER_LABEL = _extra(
     "per_label", Annotated[int, typer.Option("--per-label", min=1, help="Photos of each fruit")], 40
 )
+_NAME = _extra(
+    "name",
+    Annotated[str, typer.Argument(help="What to call the cluster", show_default=False)],
+    inspect.Parameter.empty,
+)
+_NAMES = _extra(
+    "names",
+    Annotated[list[str] | None, typer.Argument(help="Names of clusters", show_default=False)],
+    None,
+)
+_ALL = _extra("all", Annotated[bool, typer.Option("--all", help="All clusters")], False)
 _COMMON = (
     _extra(
         "config",
@@ -124,12 +140,12 @@ _COMMON = (
 
 
 def _command(
-    *names: str, extras: tuple[inspect.Parameter, ...] = ()
+    *names: str, extras: tuple[inspect.Parameter, ...] = (), group: typer.Typer = app
 ) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
     """Register a function as a command whose flags are settings of these names.
 
     Name, type and help of a flag come from `Settings`, so there is one place where they are kept.
-    `extras` are parameters of this command alone.
+    `extras` are parameters of this command alone; `group` is what it is a command of.
     """
 
     def register(function: Callable[[Call], None]) -> Callable[..., None]:
@@ -150,8 +166,8 @@ def _command(
         parameters = [*extras, *(_extra(name, _option(name), None) for name in names), *_COMMON]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
-        name = function.__name__.replace("_", "-")
-        return app.command(name, help=inspect.getdoc(function))(command)
+        name = function.__name__.strip("_").replace("_", "-")
+        return group.command(name, help=inspect.getdoc(function))(command)
 
     return register
 
@@ -360,6 +376,79 @@ def bench(call: Call) -> None:
             "memory": f"{speed.peak_memory_bytes / 2**20:,.0f} MiB at most in a worker",
         }
     )
+
+
+@_command("region", "profile", group=cluster_app)
+def _list(call: Call) -> None:
+    """List the machines and firewalls that were rented and not given back, by tag."""
+    account = _account(call)
+    machines, firewalls = account.machines(), account.groups()
+    rows = [
+        (m.cluster, m.id, m.kind, m.state, m.started, m.name)
+        for m in sorted(machines, key=lambda m: (m.cluster, m.name))
+    ]
+    rows += [(cluster, group, "security group", "", "", "") for group, cluster in firewalls.items()]
+    if not rows:
+        typer.echo(f"nothing is rented in {account.region}")
+        return
+    rows.insert(0, ("cluster", "id", "kind", "state", "since", "name"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+@_command(*_RENTED, extras=(_NAME,), group=cluster_app)
+def up(call: Call) -> None:
+    """Rent a cluster for several runs; `run --cluster NAME` uses it, `cluster down` ends it."""
+    from .cluster.ec2 import keep_ec2  # noqa: PLC0415
+    from .residency import check_regions  # noqa: PLC0415
+
+    settings, account = _resolve(call).settings, _account(call)
+    check_regions({"the cluster": account.region}, settings.allowed_regions, endpoint_url=None)
+    cluster = keep_ec2(settings, account, call.extras["name"], call.progress)
+    typer.echo(
+        f"{cluster.name} is rented in {cluster.region}: `run --cluster {cluster.name}` uses it; it "
+        f"ends after {settings.idle_timeout} without work, after {settings.max_hours:g} hours, "
+        f"or with `cluster down {cluster.name}`"
+    )
+
+
+@_command("region", "profile", extras=(_NAMES, _ALL), group=cluster_app)
+def down(call: Call) -> None:
+    """Give back the machines and firewalls of clusters, whoever rented them."""
+    from .cluster.ec2 import give_back  # noqa: PLC0415
+
+    account = _account(call)
+    known = sorted({m.cluster for m in account.machines()} | set(account.groups().values()))
+    names = known if call.extras["all"] else call.extras["names"] or []
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"nothing in {account.region} belongs to a cluster {name!r}; "
+                f"there are: {', '.join(known) or 'none'}"
+            )
+    if not names and not call.extras["all"]:
+        raise ConfigError(f"say which, or --all; there are: {', '.join(known) or 'none'}")
+    for name in names:
+        call.progress.say(f"giving back {name}")
+        give_back(account, name)
+        typer.echo(f"{name} is given back")
+
+
+@_command(group=cluster_app)
+def tag(_call: Call) -> None:
+    """Print the tag of a container image that has the versions of this machine."""
+    from .cluster.versions import environment_tag  # noqa: PLC0415
+
+    typer.echo(environment_tag())
+
+
+def _account(call: Call) -> Account:
+    from .cluster.ec2 import Account  # noqa: PLC0415 - botocore is slow to import
+
+    settings = _resolve(call).settings
+    return Account(settings.region, settings.profile)
 
 
 def _version(shown: bool) -> None:  # noqa: FBT001 - typer calls it this way

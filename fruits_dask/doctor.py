@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from . import layout
-from .cluster import check_cluster_name
+from .cluster import check_cluster
 from .config import Settings
 from .errors import ConfigError, FruitsDaskError, InputError, NotFoundError
 from .featurize import check_engine
@@ -86,7 +86,7 @@ def _addresses(settings: Settings) -> str:
 
 
 def _workers(settings: Settings) -> str:
-    check_cluster_name(settings.cluster)
+    check_cluster(settings)
     if settings.cluster != "local":
         return f"those at {settings.cluster}; a run checks their versions"
     from .cluster.local import default_n_workers, memory_of_worker  # noqa: PLC0415

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import layout
-from .cluster import check_cluster_name, open_cluster
+from .cluster import check_cluster, open_cluster
 from .config import Settings
 from .errors import ConfigError, InputError, ResultError
 from .extract import ExtractJob, Tally, counts_bag, extraction_bag, retry_bag
@@ -98,7 +98,7 @@ def run(settings: Settings, *, overwrite: bool = False, progress: Progress = _SI
     FruitsDaskError
         With a message that says what to do. What was stored stays; the next run resumes it.
     """
-    check_cluster_name(settings.cluster)
+    check_cluster(settings)
     if not overwrite and (finished := find_finished(settings, progress)):
         return Outcome(output=finished.output, record=finished.record, did_nothing=True)
     with _opened(settings, progress, overwrite=overwrite) as space:
@@ -123,7 +123,7 @@ def extract(
     settings: Settings, *, overwrite: bool = False, progress: Progress = _SILENT
 ) -> Outcome:
     """Make the features, after the plan if there is none. See `run` for the parameters."""
-    check_cluster_name(settings.cluster)
+    check_cluster(settings)
     with _opened(settings, progress, overwrite=overwrite, keep_reduction=True) as space:
         if "extract" in space.stages:
             return Outcome(output=space.output, record=space.record, did_nothing=True)
@@ -143,7 +143,7 @@ def reduce(settings: Settings, *, progress: Progress = _SILENT) -> Outcome:
     ResultError
         If the features are not complete.
     """
-    check_cluster_name(settings.cluster)
+    check_cluster(settings)
     with open_result(settings, progress) as space:
         space.require("extract")
         is_new = not space.record["identity"].items() >= space.reduction.items()
@@ -181,7 +181,7 @@ def retry_failed(settings: Settings, *, progress: Progress = _SILENT) -> Outcome
     ResultError
         If the features are not complete.
     """
-    check_cluster_name(settings.cluster)
+    check_cluster(settings)
     with _opened(settings, progress) as space:
         space.require("extract")
         if space.stages["extract"]["n_failures"] == 0:
@@ -244,7 +244,8 @@ def _workers(space: Workspace, *, featurize: bool, reduce: bool = True) -> Itera
     space.progress.say("starting workers")
     start = time.perf_counter()
     network = in_background(prepare_network, engine, space.weights) if featurize else None
-    with open_cluster(space.settings) as workers:
+    regions = space.record["regions"]
+    with open_cluster(space.settings, regions=regions, progress=space.progress) as workers:
         if network:
             afterwards = _worker_preparation(space) if reduce else None
             workers.deliver(_spec(space, workers), network.result, afterwards)

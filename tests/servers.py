@@ -95,7 +95,7 @@ class RecordingMoto(ThreadedMotoServer):
     def _server_entry(self) -> None:
         application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server(
-            "127.0.0.1", 0, self._recorded(application), threaded=True, request_handler=_Quiet
+            "127.0.0.1", 0, self._recorded(application), threaded=True, request_handler=Quiet
         )
         self._server_ready_event.set()
         self._server.serve_forever()
@@ -186,7 +186,7 @@ def _client(endpoint_url: str, region: str) -> Any:
     )
 
 
-class _Quiet(MotoRequestHandler):
+class Quiet(MotoRequestHandler):
     """Says nothing on stderr."""
 
     def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002 - its base names it

@@ -31,11 +31,12 @@ from distributed.system import MEMORY_LIMIT
 
 from browser import MISSING, console_problems, open_browser, wait_for
 from fruits_dask import layout
-from fruits_dask.cluster import check_cluster_name, existing, local, open_cluster
+from fruits_dask.cluster import check_cluster, existing, local, open_cluster, rented_region
 from fruits_dask.cluster.workers import Workers
 from fruits_dask.config import resolve
 from fruits_dask.errors import ClusterError, ConfigError, EngineError
 from fruits_dask.featurize.weights import load_weights
+from fruits_dask.residency import UNSTATED
 from jobs import (
     OPTIONS,
     assert_same_tables,
@@ -56,13 +57,41 @@ ANYWHERE = "127.0.0.1:0"
 
 @pytest.mark.parametrize("name", ["local", "tcp://127.0.0.1:8786", "tls://127.0.0.1:8786"])
 def test_known_kinds_of_clusters(name: str) -> None:
-    check_cluster_name(name)
+    check_cluster(resolve({"cluster": name}).settings)
 
 
-@pytest.mark.parametrize("name", ["", "Local", "ec2", "127.0.0.1:8786", "http://127.0.0.1:8786"])
+@pytest.mark.parametrize("name", ["", "Local", "ecs", "127.0.0.1:8786", "http://127.0.0.1:8786"])
 def test_unknown_kinds_say_what_is_expected(name: str) -> None:
-    with pytest.raises(ConfigError, match="expected local, or the address of a Dask scheduler"):
-        check_cluster_name(name)
+    settings = resolve().settings.model_copy(update={"cluster": name})
+    with pytest.raises(ConfigError, match="expected local, ec2, the address of a Dask"):
+        check_cluster(settings)
+
+
+def test_rented_machines_need_buckets() -> None:
+    flags = {"cluster": "ec2", "input": "s3://photos", "output": "s3://results"}
+    check_cluster(resolve(flags).settings)
+    for name in ("input", "output"):
+        with pytest.raises(ConfigError, match=f"--{name} here is on this machine"):
+            check_cluster(resolve({**flags, name: "here"}).settings)
+
+
+PARIS = {"s3://photos": "eu-west-3", "s3://results": "eu-west-3"}
+
+
+def test_machines_are_rented_where_the_photos_are() -> None:
+    assert rented_region(resolve().settings, PARIS) == "eu-west-3"
+    assert rented_region(resolve({"region": "eu-west-3"}).settings, {}) == "eu-west-3"
+
+
+def test_nothing_leaves_its_region() -> None:
+    with pytest.raises(ConfigError, match="give --region"):
+        rented_region(resolve().settings, {"s3://photos": UNSTATED})
+    with pytest.raises(ConfigError, match="outside the allowed regions"):
+        rented_region(resolve({"region": "us-east-1"}).settings, {})
+    with pytest.raises(ConfigError, match="is in eu-west-3 and the cluster in eu-central-1"):
+        rented_region(resolve({"region": "eu-central-1"}).settings, PARIS)
+    with pytest.raises(ConfigError, match="s3://results is in eu-north-1"):
+        rented_region(resolve().settings, {**PARIS, "s3://results": "eu-north-1"})
 
 
 def test_workers_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ from servers import REGION, RecordingMoto, S3Service
 @pytest.fixture
 def without_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     @contextmanager
-    def open_here(settings: Settings) -> Iterator[SyncWorkers]:
+    def open_here(settings: Settings, **_: object) -> Iterator[SyncWorkers]:
         yield SyncWorkers()
 
     monkeypatch.setattr(pipeline, "open_cluster", open_here)

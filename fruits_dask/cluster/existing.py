@@ -11,19 +11,15 @@ from distributed import Client, rpc
 from distributed.security import Security
 
 from ..errors import ClusterError
+from .versions import check_workers
 from .workers import Workers
 
 _CONNECT_SECONDS = 20
-# What must be the same on both sides: these read each other's objects or decide the features.
-_SAME = (
-    *("fruits_dask", "dask", "distributed", "dask-ml", "fsspec", "s3fs"),
-    *("tensorflow", "openvino", "keras", "h5py", "numpy", "pillow", "pyarrow"),
-)
 
 
 @contextmanager
 def open_existing(address: str) -> Iterator[Workers]:
-    """Connect to a scheduler; TLS certificates come from the Dask configuration.
+    """Use the workers of a scheduler; TLS certificates come from the Dask configuration.
 
     Parameters
     ----------
@@ -40,18 +36,7 @@ def open_existing(address: str) -> Iterator[Workers]:
     ClusterError
         If nothing answers, there is no worker, or a worker has other versions.
     """
-    try:
-        with ThreadPoolExecutor(1) as pool:  # a thread, because a notebook has a loop in this one
-            pool.submit(asyncio.run, _knock(address)).result()
-        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=True)
-    except (OSError, TimeoutError, ValueError, TypeError) as exc:
-        raise ClusterError(
-            f"no Dask scheduler answers at {address} within {_CONNECT_SECONDS} s ({exc}). Check "
-            "the address and the firewall; for tls:// set distributed.comm.tls in the Dask "
-            "configuration"
-        ) from exc
-    with client:
-        _check_workers(client, address)
+    with connect(address, Security(), f"the cluster at {address}") as client:
         n_threads = min(client.nthreads().values())
         workers = Workers(client, n_threads=n_threads)
         try:
@@ -60,28 +45,46 @@ def open_existing(address: str) -> Iterator[Workers]:
             workers.withdraw()
 
 
-async def _knock(address: str) -> None:
-    """Wait for an answer of the scheduler; a Client would wait for ever where something is mute."""
-    security = Security().get_connection_args("client")
-    async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, connection_args=security) as other:
-        await other.identity()
+@contextmanager
+def connect(address: str, security: Security, name: str) -> Iterator[Client]:
+    """Connect to a scheduler whose workers fit.
 
+    Parameters
+    ----------
+    address : str
+        ``tcp://host:port`` or ``tls://host:port``.
+    security : distributed.Security
+        Certificates.
+    name : str
+        What the cluster is called in messages.
 
-def _check_workers(client: Client, address: str) -> None:
-    if not client.scheduler_info(n_workers=-1)["workers"]:
-        raise ClusterError(f"the cluster at {address} has no worker; start some and run again")
-    # Reads package metadata over there; imports nothing, so it works where the package is missing.
-    found = client.get_versions(packages=list(_SAME))
-    here = found["client"]["packages"]
-    problems = [
-        f"  {worker}: {name} {answer['packages'].get(name) or 'missing'}, here {here[name]}"
-        for worker, answer in sorted(found["workers"].items())
-        for name in ("python", *_SAME)
-        if answer["packages"].get(name) != here[name]
-    ]
-    if problems:
+    Yields
+    ------
+    distributed.Client
+        Connected.
+
+    Raises
+    ------
+    ClusterError
+        If nothing answers, there is no worker, or a worker has other versions.
+    """
+    try:
+        with ThreadPoolExecutor(1) as pool:  # a thread, because a notebook has a loop in this one
+            pool.submit(asyncio.run, _knock(address, security)).result()
+        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=True, security=security)
+    except (OSError, TimeoutError, ValueError, TypeError) as exc:
         raise ClusterError(
-            f"the workers at {address} do not have the packages of this machine:\n"
-            + "\n".join(problems)
-            + "\nInstall the same versions there (requirements.lock has them)"
-        )
+            f"no Dask scheduler answers at {address} within {_CONNECT_SECONDS} s ({exc}). Check "
+            "the address and the firewall; for tls:// set distributed.comm.tls in the Dask "
+            "configuration"
+        ) from exc
+    with client:
+        check_workers(client, name)
+        yield client
+
+
+async def _knock(address: str, security: Security) -> None:
+    """Wait for an answer of the scheduler; a Client would wait for ever where something is mute."""
+    arguments = security.get_connection_args("client")
+    async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, connection_args=arguments) as other:
+        await other.identity()

@@ -87,10 +87,23 @@ class Workers:
         Connected.
     n_threads : int
         Threads that the engine of each worker process may use.
+    dashboard_url : str, optional
+        Where the dashboard is seen, if not where the scheduler says.
+    check : callable, optional
+        Called whenever something is done; raises when the workers must not be used any longer.
     """
 
-    def __init__(self, client: Client, *, n_threads: int) -> None:
+    def __init__(
+        self,
+        client: Client,
+        *,
+        n_threads: int,
+        dashboard_url: str | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._client = client
+        self._dashboard_url = dashboard_url
+        self._check = check
         self._delivery: Future[None] | None = None
         self._registering = threading.Lock()
         self._plugins: list[str] = []
@@ -100,7 +113,7 @@ class Workers:
     @property
     def dashboard_url(self) -> str:
         """Address of the Dask dashboard, or an empty string when there is none."""
-        return str(self._client.dashboard_link or "")
+        return self._dashboard_url or str(self._client.dashboard_link or "")
 
     @property
     def n_workers(self) -> int:
@@ -218,6 +231,7 @@ class Workers:
         try:
             for future, items in as_completed(futures, with_results=True):
                 yield from items
+                self._check()
                 future.release()
         except KilledWorker as exc:
             raise ClusterError(

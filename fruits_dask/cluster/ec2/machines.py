@@ -1,0 +1,440 @@
+"""dask-cloudprovider's EC2Cluster, with what it leaves open closed.
+
+What its request hard-codes (volumes in the clear, the old metadata service, tags that come later)
+is put right in the request itself, through an event of botocore. Every wait has an end. A name
+given to a worker is the name that Dask knows it by, so scaling down ends the machine that was
+meant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aiobotocore.session import AioSession
+from botocore.exceptions import BotoCoreError, ClientError
+from dask_cloudprovider.aws import EC2Cluster
+from dask_cloudprovider.aws.ec2 import EC2Scheduler, EC2Worker
+from distributed.core import Status
+from distributed.security import Security
+
+from ...errors import ClusterError
+from .account import SCHEDULER_PORT, Account, aws_tags
+
+logger = logging.getLogger(__name__)
+
+USER_DATA_BYTES = 16_384
+"""What EC2 takes; moto takes more."""
+
+DASHBOARD_PORT = 8787
+_KNOCK_SECONDS = 3.0
+_LOOK_SECONDS = 5.0
+_FLIGHT_SECONDS = 30.0
+_FORGET_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is rented; all of it is known before the first machine."""
+
+    cluster: str
+    """Name, and value of the tag."""
+    region: str
+    """Where."""
+    profile: str | None
+    """Of the AWS configuration files."""
+    availability_zone: str | None
+    """Or any."""
+    vpc: str
+    """Network."""
+    subnet_id: str
+    """Subnet of it."""
+    ami: str
+    """Machine image."""
+    scheduler_instance_type: str
+    """Of one machine."""
+    worker_instance_type: str
+    """Of the others."""
+    is_gpu: bool
+    """The workers' machines have graphics processors."""
+    docker_image: str
+    """Holds this package."""
+    iam_instance_profile: str | None
+    """Name or ARN."""
+    use_private_ip: bool
+    """No public addresses."""
+    spot: bool
+    """Spare capacity, for the workers alone."""
+    key_name: str | None
+    """SSH key."""
+    filesystem_size: int
+    """GB."""
+    tags: dict[str, str]
+    """Of everything, `CLUSTER_TAG` among them."""
+    n_processes: int
+    """Worker processes a machine."""
+    n_threads: int
+    """Threads of the engine in each of them."""
+    environment: dict[str, str]
+    """Of scheduler and workers; no secret."""
+    start_seconds: float
+    """How long the start may take."""
+    idle_seconds: float
+    """Without work for this long, the machines end."""
+    max_hours: float
+    """After this time they end in any case."""
+
+
+class Gate:
+    """Counts the requests for machines, and lets no more through once it is closed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._n_under_way = 0
+        self._is_closed = False
+        self.started: set[str] = set()
+        self.n_requests = 0
+
+    def enter(self) -> None:
+        """Begin a request.
+
+        Raises
+        ------
+        ClusterError
+            If the gate is closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ClusterError("the cluster is being given back")
+            self._n_under_way += 1
+            self.n_requests += 1
+
+    def leave(self, answer: dict[str, Any] | None = None) -> None:
+        """End a request, and note which machines it started."""
+        with self._changed:
+            self.started.update(m["InstanceId"] for m in (answer or {}).get("Instances", []))
+            self._n_under_way -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in, and wait for those under way."""
+        with self._changed:
+            self._is_closed = True
+            if not self._changed.wait_for(lambda: self._n_under_way == 0, _FLIGHT_SECONDS):
+                logger.warning(
+                    "a request for a machine was not answered; looking for it by its tag"
+                )
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether the cluster is being given back."""
+        return self._is_closed
+
+
+class _Limited:
+    """What scheduler and workers share: no machine after the gate is closed."""
+
+    cluster: Machines
+    instance: dict[str, Any] | None
+
+    async def create_vm(self) -> tuple[str, str | None]:
+        """Start a machine; its private address is how the cluster reaches it."""
+        # Ctrl-C cancels what is awaited; a request that AWS has got must come to its answer.
+        started = asyncio.ensure_future(super().create_vm())  # type: ignore[misc]
+        started.add_done_callback(_look_at)
+        address, _ = await asyncio.shield(started)
+        machine = self.instance or {}
+        # The firewall knows the members of the cluster by their private addresses alone.
+        private = str(machine["PrivateIpAddress"])
+        return private, None if private == address else address
+
+    async def destroy_vm(self) -> None:
+        """End the machine, if there is one; what is refused here is found by its tag later."""
+        if self.instance is not None:
+            with contextlib.suppress(BotoCoreError, ClientError):
+                await super().destroy_vm()  # type: ignore[misc]
+
+
+class SchedulerMachine(_Limited, EC2Scheduler):  # type: ignore[misc]
+    """The machine of the scheduler."""
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - options of the library
+        super().__init__(**kwargs)
+        request = self.cluster.request
+        self.name = f"{self.cluster.vm_prefix}-scheduler"
+        self.command = " ".join(
+            [
+                *(self.set_env, "python -m distributed.cli.dask_scheduler"),
+                *("--protocol tls --port", str(SCHEDULER_PORT)),
+                # On the loopback interface: it is plain HTTP, and reached through a tunnel.
+                *("--dashboard-address", f"127.0.0.1:{DASHBOARD_PORT}"),
+                *("--idle-timeout", f"{request.idle_seconds:.0f}s"),
+            ]
+        )
+        self.gpu_instance = False
+
+    async def wait_for_scheduler(self) -> None:
+        """Wait until the scheduler listens, or its machine has ended, or it takes too long."""
+        address = getattr(self, "external_address", None) or self.address
+        host, port = address.split("://")[1].split(":")
+        request, account = self.cluster.request, self.cluster.account
+        machine = str((self.instance or {})["InstanceId"])
+        deadline = time.monotonic() + request.start_seconds
+        next_look = time.monotonic() + _LOOK_SECONDS
+        while not await _listens(host, int(port)):
+            now = time.monotonic()
+            if self.cluster.gate.is_closed:
+                raise ClusterError("the cluster is being given back")
+            if now > next_look:
+                next_look = now + _LOOK_SECONDS
+                machines = await asyncio.to_thread(account.machines, request.cluster)
+                if machine not in {m.id for m in machines if m.state in ("pending", "running")}:
+                    raise ClusterError(_ended(machine, request))
+            if now > deadline:
+                raise ClusterError(_mute(machine, host, request))
+            await asyncio.sleep(0.2)
+
+
+class WorkerMachine(_Limited, EC2Worker):  # type: ignore[misc]
+    """A machine with worker processes.
+
+    Parameters
+    ----------
+    scheduler : str
+        Address of the scheduler.
+    name : str
+        By which the cluster knows this machine, and Dask its processes.
+    **kwargs
+        Options of the library.
+    """
+
+    def __init__(self, scheduler: str, *, name: str, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(scheduler, **kwargs)
+        request = self.cluster.request
+        self.name = f"{self.cluster.vm_prefix}-{name}"
+        self.command = " ".join(
+            [
+                *(self.set_env, "python -m distributed.cli.dask_worker", scheduler),
+                *("--name", name, "--nworkers", str(request.n_processes)),
+                # One task computes while another reads, decodes and stores.
+                "--nthreads 2 --local-directory /tmp",
+                # Its pages are on a port of all interfaces otherwise, even without a dashboard.
+                "--no-dashboard --dashboard-address 127.0.0.1:0",
+                *("--death-timeout", f"{request.idle_seconds:.0f}s"),
+            ]
+        )
+        self.gpu_instance = request.is_gpu
+
+    async def start(self) -> None:
+        """Start the machine; one that AWS refuses is noted, and the others go on."""
+        try:
+            await super().start()
+        except Exception as exc:  # noqa: BLE001 - the library raises what it met, of any class
+            self.cluster.refusals.append(exc)
+            self.status = Status.running  # as far as the library is concerned
+
+
+class Machines(EC2Cluster):  # type: ignore[misc]
+    """A scheduler on a machine of its own, and machines with workers.
+
+    Parameters
+    ----------
+    request : Request
+        What is rented.
+    groups : list of str
+        Its firewalls.
+    account : Account
+        Whose machines.
+    gate : Gate
+        Through which every request for a machine goes.
+    security : distributed.Security
+        Certificates of the cluster.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        groups: list[str],
+        account: Account,
+        gate: Gate,
+        security: Security,
+    ) -> None:
+        self.request = request
+        self.account = account
+        self.gate = gate
+        self.refusals: list[Exception] = []
+        self.vm_prefix = f"fruits-dask-{request.cluster}"
+        profile = request.iam_instance_profile
+        super().__init__(
+            region=request.region,
+            availability_zone=request.availability_zone,
+            bootstrap=False,  # it is for an older Ubuntu
+            auto_shutdown=True,
+            ami=request.ami,
+            scheduler_instance_type=request.scheduler_instance_type,
+            worker_instance_type=request.worker_instance_type,
+            vpc=request.vpc,
+            subnet_id=request.subnet_id,
+            security_groups=groups,
+            filesystem_size=request.filesystem_size,
+            key_name=request.key_name,
+            iam_instance_profile=_instance_profile(profile) if profile else None,
+            docker_image=request.docker_image,
+            docker_args="--init",
+            extra_bootstrap=prepare_commands(request),
+            env_vars=request.environment,
+            instance_tags=request.tags,
+            volume_tags=request.tags,
+            use_private_ip=request.use_private_ip,
+            spot=request.spot,
+            n_workers=0,  # they come when the scheduler is there
+            security=security,
+            name=request.cluster,
+        )
+
+    async def _start(self) -> None:
+        # The library has just set these, and starts with what is here.
+        self.scheduler_class, self.worker_class = SchedulerMachine, WorkerMachine
+        self.boto_session = self._own_session()
+        self.quiet = True  # it prints to standard output
+        await super()._start()
+
+    def forget(self) -> None:
+        """Let go of what is here; the machines are ended by their tag, all in one way."""
+        self.shutdown_scheduler = False
+        self.workers.clear()
+        self.worker_spec.clear()
+        self._created.clear()
+        self.close(timeout=_FORGET_SECONDS)
+
+    def _own_session(self) -> AioSession:
+        session = AioSession(profile=self.request.profile)
+        session.register("provide-client-params.ec2.RunInstances", self._complete)
+        session.register("before-call.ec2.RunInstances", self._asked)
+        session.register("after-call.ec2.RunInstances", self._answered)
+        session.register("after-call-error.ec2.RunInstances", self._failed)
+        return session
+
+    def _complete(self, params: dict[str, Any], **_: object) -> None:
+        """Put right what the library hard-codes, in the request itself."""
+        for mapping in params["BlockDeviceMappings"]:
+            mapping["Ebs"]["Encrypted"] = True
+        params["MetadataOptions"] = {
+            "HttpTokens": "required",  # version 2 only
+            "HttpEndpoint": "enabled",
+            "HttpPutResponseHopLimit": 1,  # the container shares the network of its machine
+        }
+        # Later tags would be too late for a client that is killed in between.
+        kinds = ["network-interface"]
+        kinds += ["spot-instances-request"] * ("InstanceMarketOptions" in params)
+        for kind in kinds:
+            tags = aws_tags(self.request.tags)
+            params["TagSpecifications"].append({"ResourceType": kind, "Tags": tags})
+        params["UserData"] = compressed(str(params["UserData"]))
+
+    def _asked(self, **_: object) -> None:
+        self.gate.enter()
+
+    def _answered(self, parsed: dict[str, Any], **_: object) -> None:
+        self.gate.leave(parsed)
+
+    def _failed(self, **_: object) -> None:
+        self.gate.leave()
+
+    def _new_worker_name(self, worker_number: int) -> str:
+        return f"worker-{worker_number}"
+
+    def new_worker_spec(self) -> dict[str, dict[str, Any]]:
+        """Name the next machine, and the processes that it will have."""
+        spec: dict[str, dict[str, Any]] = super().new_worker_spec()
+        if self.request.n_processes > 1:
+            suffixes = [f"-{i}" for i in range(self.request.n_processes)]
+            spec = {name: {**machine, "group": suffixes} for name, machine in spec.items()}
+        return spec
+
+
+def prepare_commands(request: Request) -> list[str]:
+    """List what a machine does before its container starts, as lines of cloud-init's runcmd."""
+    minutes = max(1, round(request.max_hours * 60))
+    commands = [
+        f"shutdown -h +{minutes}",
+        "command -v docker || { apt-get update -y && apt-get install -y docker.io; }",
+    ]
+    host = request.docker_image.partition("/")[0]
+    if host.endswith(".amazonaws.com"):  # a registry of the account: the profile opens it
+        helper = "amazon-ecr-credential-helper"
+        helpers = f'{{"credHelpers":{{"{host}":"ecr-login"}}}}'
+        commands += [
+            f"command -v docker-credential-ecr-login || apt-get install -y {helper}",
+            "mkdir -p /root/.docker",
+            f"echo '{helpers}' > /root/.docker/config.json",
+        ]
+    return commands
+
+
+def compressed(user_data: str) -> bytes:
+    """Compress what a machine is told at its start; cloud-init reads gzip.
+
+    Raises
+    ------
+    ClusterError
+        If it is larger than EC2 takes.
+    """
+    data = gzip.compress(user_data.encode(), mtime=0)
+    if len(data) > USER_DATA_BYTES:
+        raise ClusterError(
+            f"the user data takes {len(data):,} bytes, and EC2 takes {USER_DATA_BYTES:,}: the Dask "
+            "configuration of this machine travels with it; shorten ~/.config/dask"
+        )
+    return data
+
+
+def _instance_profile(name: str) -> dict[str, str]:
+    return {"Arn" if name.startswith("arn:") else "Name": name}
+
+
+def _look_at(task: asyncio.Future[Any]) -> None:
+    """Take notice of an error that nobody waits for any longer."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _listens(host: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(_KNOCK_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+def _console(machine: str, request: Request) -> str:
+    return f"aws ec2 get-console-output --latest --region {request.region} --instance-id {machine}"
+
+
+def _ended(machine: str, request: Request) -> str:
+    return (
+        f"the machine of the scheduler ({machine}) ended during its start. Most often "
+        f"{request.docker_image} cannot be pulled (its name, the route to its registry, the "
+        f"instance profile), or spare capacity was taken back. `{_console(machine, request)}` "
+        "shows what it said"
+    )
+
+
+def _mute(machine: str, host: str, request: Request) -> str:
+    return (
+        f"no scheduler answers at {host}:{SCHEDULER_PORT} within {request.start_seconds:.0f} s. "
+        f"Look at: the security group (does it admit this machine to port {SCHEDULER_PORT}?), the "
+        f"route between here and the subnet {request.subnet_id} (a VPN, or use_private_ip = false "
+        f"in a public subnet), the pull of {request.docker_image} (start_timeout gives it longer), "
+        f"and what the machine says: `{_console(machine, request)}`"
+    )
