@@ -27,6 +27,7 @@ from urllib.parse import parse_qs
 
 import boto3
 import yaml
+from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 from werkzeug.serving import make_server
@@ -141,7 +142,8 @@ class Cloud(RecordingMoto):
 
     def __enter__(self) -> Cloud:
         self.start()
-        ec2_backends[DEFAULT_ACCOUNT_ID][REGION].reset()
+        for service in ("ec2", "iam", "cloudformation", "ecr", "ssm"):
+            get_backend(service)[DEFAULT_ACCOUNT_ID].reset()
         self._furnish()
         self.metadata.start()
         self._host.start()
@@ -172,8 +174,7 @@ class Cloud(RecordingMoto):
         self.subnet = subnet["Subnet"]["SubnetId"]
         self.ami = ec2.describe_images()["Images"][0]["ImageId"]
         ssm.put_parameter(Name="/fruits/ami", Value=self.ami, Type="String", Overwrite=True)
-        if "fruits-worker" not in str(iam.list_instance_profiles()):
-            iam.create_instance_profile(InstanceProfileName="fruits-worker")
+        iam.create_instance_profile(InstanceProfileName="fruits-worker")
 
     # ------------------------------------------------------------ what a test asks
 
@@ -185,9 +186,10 @@ class Cloud(RecordingMoto):
 
     @property
     def made_groups(self) -> list[str]:
-        """Names of the security groups that a cluster made."""
-        groups = self.client().describe_security_groups()["SecurityGroups"]
-        return [g["GroupName"] for g in groups if g["GroupName"].startswith("fruits-dask")]
+        """Identifiers of the security groups that a cluster made."""
+        tagged = [{"Name": "tag-key", "Values": ["fruits-dask:cluster"]}]
+        groups = self.client().describe_security_groups(Filters=tagged)["SecurityGroups"]
+        return [group["GroupId"] for group in groups]
 
     @property
     def processes(self) -> list[int]:

@@ -31,12 +31,18 @@ def bucket(cloud: Cloud, shared: Path) -> str:
     s3 = cloud.client("s3")
     name = f"fruits-{os.urandom(4).hex()}"
     s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})
+    put_photos(cloud, name, "photos", shared)
+    return name
+
+
+def put_photos(cloud: Cloud, bucket: str, prefix: str, shared: Path) -> None:
+    """Put real photos of several fruits into a bucket."""
+    s3 = cloud.client("s3")
     folder = shared / "data" / "fruits360"
     files = sorted(folder.rglob("*.jpg"))
     for path in files[:: len(files) // N_PHOTOS][:N_PHOTOS]:
-        key = f"photos/{path.relative_to(folder).as_posix()}"
-        s3.put_object(Bucket=name, Key=key, Body=path.read_bytes())
-    return name
+        key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+        s3.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ USER_DATA_BYTES = 16_384
 DASHBOARD_PORT = 8787
 _KNOCK_SECONDS = 3.0
 _LOOK_SECONDS = 5.0
+_ADDRESS_SECONDS = 1.0
 _FLIGHT_SECONDS = 30.0
 _FORGET_SECONDS = 10.0
 
@@ -137,22 +138,53 @@ class Gate:
         return self._is_closed
 
 
-class _Limited:
-    """What scheduler and workers share: no machine after the gate is closed."""
+class _Machine:
+    """What the machines of scheduler and workers share."""
 
     cluster: Machines
     instance: dict[str, Any] | None
+    instance_tags: dict[str, str]
+    use_private_ip: bool
+
+    def call(self, name: str) -> None:
+        """Give the machine a name, which is a tag of its request."""
+        self.name = f"fruits-dask-{self.cluster.request.cluster}-{name}"
+        self.instance_tags = {**self.instance_tags, "Name": self.name}
 
     async def create_vm(self) -> tuple[str, str | None]:
-        """Start a machine; its private address is how the cluster reaches it."""
+        """Start a machine, and return its addresses within the cluster and from outside."""
         # Ctrl-C cancels what is awaited; a request that AWS has got must come to its answer.
         started = asyncio.ensure_future(super().create_vm())  # type: ignore[misc]
         started.add_done_callback(_look_at)
-        address, _ = await asyncio.shield(started)
-        machine = self.instance or {}
-        # The firewall knows the members of the cluster by their private addresses alone.
-        private = str(machine["PrivateIpAddress"])
-        return private, None if private == address else address
+        found: tuple[str, str | None] = await asyncio.shield(started)
+        return found
+
+    async def configure_vm(self, client: Any) -> tuple[str, str | None]:  # noqa: ANN401
+        """Wait for the addresses.
+
+        The library adds tags here, and tries for five minutes where it may not; they are in the
+        request. It knows one address alone, but the firewall knows members of the cluster by the
+        private ones.
+        """
+        deadline = time.monotonic() + self.cluster.request.start_seconds
+        wanted = ["PrivateIpAddress", *(["PublicIpAddress"] * (not self.use_private_ip))]
+        while True:
+            machine = self.instance or {}
+            if all(machine.get(name) for name in wanted):
+                outside = None if self.use_private_ip else str(machine["PublicIpAddress"])
+                return str(machine["PrivateIpAddress"]), outside
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{machine['InstanceId']} got no {wanted[-1]} within "
+                    f"{self.cluster.request.start_seconds:.0f} s; look at the addresses that are "
+                    f"left in the subnet {self.cluster.request.subnet_id}"
+                )
+            await asyncio.sleep(_ADDRESS_SECONDS)
+            answer = await client.describe_instances(
+                Filters=[{"Name": "instance-id", "Values": [machine["InstanceId"]]}]
+            )
+            for reservation in answer["Reservations"]:  # none as long as AWS does not list it yet
+                [self.instance] = reservation["Instances"]
 
     async def destroy_vm(self) -> None:
         """End the machine, if there is one; what is refused here is found by its tag later."""
@@ -161,13 +193,13 @@ class _Limited:
                 await super().destroy_vm()  # type: ignore[misc]
 
 
-class SchedulerMachine(_Limited, EC2Scheduler):  # type: ignore[misc]
+class SchedulerMachine(_Machine, EC2Scheduler):  # type: ignore[misc]
     """The machine of the scheduler."""
 
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - options of the library
         super().__init__(**kwargs)
         request = self.cluster.request
-        self.name = f"{self.cluster.vm_prefix}-scheduler"
+        self.call("scheduler")
         self.command = " ".join(
             [
                 *(self.set_env, "python -m distributed.cli.dask_scheduler"),
@@ -201,7 +233,7 @@ class SchedulerMachine(_Limited, EC2Scheduler):  # type: ignore[misc]
             await asyncio.sleep(0.2)
 
 
-class WorkerMachine(_Limited, EC2Worker):  # type: ignore[misc]
+class WorkerMachine(_Machine, EC2Worker):  # type: ignore[misc]
     """A machine with worker processes.
 
     Parameters
@@ -217,7 +249,7 @@ class WorkerMachine(_Limited, EC2Worker):  # type: ignore[misc]
     def __init__(self, scheduler: str, *, name: str, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(scheduler, **kwargs)
         request = self.cluster.request
-        self.name = f"{self.cluster.vm_prefix}-{name}"
+        self.call(name)
         self.command = " ".join(
             [
                 *(self.set_env, "python -m distributed.cli.dask_worker", scheduler),
@@ -269,7 +301,6 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         self.account = account
         self.gate = gate
         self.refusals: list[Exception] = []
-        self.vm_prefix = f"fruits-dask-{request.cluster}"
         profile = request.iam_instance_profile
         super().__init__(
             region=request.region,
