@@ -26,6 +26,7 @@ from .records import OPERATIONS, STAGES
 
 if TYPE_CHECKING:
     from .cluster.ec2 import Account
+    from .estimate import Estimate
     from .pipeline import Outcome
 
 app = typer.Typer(
@@ -93,6 +94,13 @@ _DRY_RUN = _extra(
     "dry_run",
     Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and their origins, do nothing")
+    ],
+    False,
+)
+_ESTIMATE = _extra(
+    "estimate",
+    Annotated[
+        bool, typer.Option("--estimate", help="Try 200 photos, and print what a run would take")
     ],
     False,
 )
@@ -269,7 +277,7 @@ def run(call: Call) -> None:
     _conclude(outcome, resolved.settings)
 
 
-@_command(*_FEATURES, *_STORE, extras=(_OVERWRITE,))
+@_command(*_FEATURES, *_CLUSTER, *_STORE, extras=(_OVERWRITE, _ESTIMATE))
 def plan(call: Call) -> None:
     """List the photos and print how the work will be cut; no photo is read."""
     from . import pipeline  # noqa: PLC0415
@@ -277,6 +285,10 @@ def plan(call: Call) -> None:
     settings = _resolve(call).settings
     outcome = pipeline.plan(settings, overwrite=call.extras["overwrite"], progress=call.progress)
     _print_plan(outcome)
+    if call.extras["estimate"]:
+        from .estimate import estimate  # noqa: PLC0415 - imports no engine, but loads one
+
+        _print_estimate(estimate(settings, outcome, progress=call.progress))
 
 
 @_command(*_FEATURES, *_CLUSTER, "max_failed_share", *_STORE, extras=(_OVERWRITE,))
@@ -486,6 +498,18 @@ def _print_plan(outcome: Outcome) -> None:
             "partitions": f"{facts['n_partitions']:,} of {facts['partition_size']:,} images",
         }
     )
+
+
+def _print_estimate(found: Estimate) -> None:
+    pairs = {
+        "tried": f"{found.n_tried} photos, {found.seconds_per_image * 1000:.1f} ms each on a core "
+        "of this machine",
+        "workers": found.capacity.description,
+        "hours": "{:.2f} to {:.2f}".format(*found.hours),
+    }
+    if found.cost:
+        pairs["cost"] = "{:,.2f} to {:,.2f}, without disks and traffic".format(*found.cost)
+    _print_pairs(pairs)
 
 
 def _conclude(outcome: Outcome, settings: Settings) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_serializer, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -41,6 +41,7 @@ RENTED_SETTINGS = (
 )
 _SECONDS_OF_UNIT = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
+NWorkers = Annotated[int, Field(ge=1, le=1024)]
 Components = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -90,10 +91,10 @@ class Settings(BaseSettings):
         description="local, ec2 (machines are rented, and given back), or the address of a Dask "
         "scheduler (tcp:// or tls://)",
     )
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+    workers: Annotated[tuple[NWorkers, NWorkers] | None, NoDecode] = Field(
         None,
         description="Worker processes of the local cluster (default: from cores and memory), or "
-        "machines to rent (default: 2)",
+        "machines to rent (default: 2); MIN:MAX rents as many as there is work for",
     )
     memory_limit: str | None = Field(
         None, description="Memory of one local worker, such as 4GiB (default: an equal share)"
@@ -192,6 +193,27 @@ class Settings(BaseSettings):
     hourly_prices: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="Price of an hour of an instance type, by its name"
     )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: object) -> object:
+        if value is None or isinstance(value, list | tuple):
+            return value
+        low, colon, high = str(value).partition(":")
+        try:
+            found = (int(low), int(high if colon else low))
+        except ValueError:
+            raise ValueError("expected a whole number, or MIN:MAX such as 2:16") from None
+        if found[0] > found[1]:
+            raise ValueError("expected MIN:MAX with the smaller number first")
+        return found
+
+    @field_serializer("workers")
+    def _as_given(self, value: tuple[int, int] | None) -> int | str | None:
+        if value is None:
+            return None
+        low, high = value
+        return low if low == high else f"{low}:{high}"
 
     @field_validator("security_groups", mode="before")
     @classmethod

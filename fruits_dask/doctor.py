@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from . import layout
-from .cluster import check_cluster
+from .cluster import check_cluster, find_capacity
 from .config import Settings
 from .errors import ConfigError, FruitsDaskError, InputError, NotFoundError
 from .featurize import check_engine
@@ -87,11 +87,13 @@ def _addresses(settings: Settings) -> str:
 
 def _workers(settings: Settings) -> str:
     check_cluster(settings)
+    if settings.cluster == "ec2":
+        return find_capacity(settings, check_addresses(settings)).description
     if settings.cluster != "local":
         return f"those at {settings.cluster}; a run checks their versions"
     from .cluster.local import default_n_workers, memory_of_worker  # noqa: PLC0415
 
-    n_workers = settings.workers or default_n_workers()
+    n_workers = settings.workers[1] if settings.workers else default_n_workers()
     n_bytes = memory_of_worker(settings.memory_limit, n_workers)
     return f"{n_workers} local processes with {n_bytes / 2**30:.1f} GiB each"
 

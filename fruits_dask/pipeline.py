@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Photos in the report: enough for a picture of the whole, few enough for a page of some megabytes.
 _REPORT_IMAGES = 1500
+_WORKERS = "the workers"  # among the addresses whose regions are recorded
 _SILENT = Silent()
 
 
@@ -244,8 +245,10 @@ def _workers(space: Workspace, *, featurize: bool, reduce: bool = True) -> Itera
     space.progress.say("starting workers")
     start = time.perf_counter()
     network = in_background(prepare_network, engine, space.weights) if featurize else None
-    regions = space.record["regions"]
+    regions: dict[str, str] = space.record["regions"]
+    regions.pop(_WORKERS, None)
     with open_cluster(space.settings, regions=regions, progress=space.progress) as workers:
+        regions[_WORKERS] = workers.region
         if network:
             afterwards = _worker_preparation(space) if reduce else None
             workers.deliver(_spec(space, workers), network.result, afterwards)

@@ -95,6 +95,20 @@ class FeaturizerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What would work on a run."""
+
+    n_processes: int
+    """Worker processes, on one core each."""
+    hourly: float | None
+    """Price of an hour, where there is one and it is known."""
+    is_rented: bool
+    """Machines have to come first."""
+    description: str
+    """For people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartCount:
     """How many rows the stored parts of one partition have."""
 

@@ -36,7 +36,7 @@ FLOORS = (
     ("sample",),
     ("demo",),
     ("pipeline", "doctor"),
-    ("bench",),
+    ("bench", "estimate"),
     ("console",),
     ("cli",),
     ("__main__",),

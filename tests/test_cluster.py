@@ -31,7 +31,14 @@ from distributed.system import MEMORY_LIMIT
 
 from browser import MISSING, console_problems, open_browser, wait_for
 from fruits_dask import layout
-from fruits_dask.cluster import check_cluster, existing, local, open_cluster, rented_region
+from fruits_dask.cluster import (
+    check_cluster,
+    existing,
+    local,
+    open_cluster,
+    rented_region,
+    versions,
+)
 from fruits_dask.cluster.workers import Workers
 from fruits_dask.config import resolve
 from fruits_dask.errors import ClusterError, ConfigError, EngineError
@@ -367,7 +374,7 @@ def plugins(client: Client) -> list[str]:
 @pytest.mark.slow
 def test_other_versions_are_refused_by_name(borrowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that the workers have in no version, and one that nobody has."""
-    monkeypatch.setattr(existing, "_SAME", ("dask", "tensorflow"))
+    monkeypatch.setattr(versions, "_SAME", ("dask", "tensorflow"))
     real = Client.get_versions
 
     def older(self: object, **options: object) -> dict[str, object]:

@@ -73,7 +73,7 @@ def test_each_setting_has_its_own_origin(tmp_path: Path, monkeypatch: pytest.Mon
     found = resolve({"output": "out", "limit": None}, config_file=file)
     assert found.settings.input == "s3://fruits/photos"
     assert found.settings.anonymous is True
-    assert found.settings.workers == 2
+    assert found.settings.workers == (2, 2)
     origins = {name: origin for name, origin in found.origins.items() if origin != "default"}
     assert origins == {
         "input": str(file),
@@ -136,9 +136,29 @@ def test_the_cluster_table_is_as_flat_as_the_rest(tmp_path: Path) -> None:
         'limit = 2\n[cluster]\nkind = "ec2"\nn_workers = 3\nsecurity_groups = ["sg-1", "sg-2"]',
     )
     found = resolve({"workers": 4}, config_file=file)
-    assert (found.settings.cluster, found.settings.workers) == ("ec2", 4)
+    assert (found.settings.cluster, found.settings.workers) == ("ec2", (4, 4))
     assert found.settings.security_groups == ("sg-1", "sg-2")
     assert found.origins["cluster"] == found.origins["security_groups"] == str(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "shown"), [(3, (3, 3), 3), ("3", (3, 3), 3), ("2:16", (2, 16), "2:16")]
+)
+def test_workers_are_a_number_or_a_range(
+    monkeypatch: pytest.MonkeyPatch, given: object, workers: tuple[int, int], shown: object
+) -> None:
+    settings = resolve({"workers": given}).settings
+    assert settings.workers == workers
+    assert settings.model_dump()["workers"] == shown
+    assert resolve(stored=settings.model_dump(mode="json")).settings == settings
+    monkeypatch.setenv("FRUITS_WORKERS", str(given))
+    assert resolve().settings.workers == workers
+
+
+@pytest.mark.parametrize("given", ["two", "2:", ":2", "4:2", "0:2", "1:2:3", "2-4"])
+def test_workers_that_are_none(given: str) -> None:
+    with pytest.raises(ConfigError, match="--workers"):
+        resolve({"workers": given})
 
 
 def test_an_unknown_name_in_the_cluster_table_gets_the_nearest(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..config import Settings
 from ..errors import ConfigError
 from ..progress import Progress, Silent
+from ..records import Capacity
 from ..residency import LOCAL, UNSTATED, check_regions
 from ..storage import is_s3
 from .kept import is_kept
@@ -16,7 +17,7 @@ from .kept import is_kept
 if TYPE_CHECKING:
     from .workers import Workers
 
-__all__ = ["check_cluster", "open_cluster"]
+__all__ = ["check_cluster", "find_capacity", "open_cluster"]
 
 _ADDRESS_PREFIXES = ("tcp://", "tls://")
 _SILENT = Silent()
@@ -31,6 +32,11 @@ def check_cluster(settings: Settings) -> None:
         Saying what was expected.
     """
     name = settings.cluster
+    if name != "ec2" and settings.workers and settings.workers[0] != settings.workers[1]:
+        raise ConfigError(
+            f"--workers {settings.workers[0]}:{settings.workers[1]} is for --cluster ec2; give one "
+            "number"
+        )
     if name == "local" or name.startswith(_ADDRESS_PREFIXES):
         return
     if name != "ec2" and not is_kept(name):
@@ -81,6 +87,44 @@ def rented_region(settings: Settings, regions: Mapping[str, str]) -> str:
     return region
 
 
+def find_capacity(settings: Settings, regions: Mapping[str, str]) -> Capacity:
+    """Find out what would work on a run; nothing is started.
+
+    Parameters
+    ----------
+    settings : Settings
+        As for `open_cluster`.
+    regions : mapping of str to str
+        As for `rented_region`.
+
+    Returns
+    -------
+    Capacity
+        For rented machines the most that would come.
+
+    Raises
+    ------
+    ConfigError
+        If a setting does not fit, or the workers are those of somebody else.
+    """
+    check_cluster(settings)
+    if settings.cluster == "local":
+        from .local import default_n_workers  # noqa: PLC0415
+
+        n_workers = settings.workers[1] if settings.workers else default_n_workers()
+        return Capacity(
+            n_processes=n_workers,
+            hourly=None,
+            is_rented=False,
+            description=f"{n_workers} workers of this machine",
+        )
+    if settings.cluster == "ec2":
+        from .ec2 import examine  # noqa: PLC0415
+
+        return examine(settings, region=rented_region(settings, regions))
+    raise ConfigError("what others run is not known here: estimate for --cluster local or ec2")
+
+
 def open_cluster(
     settings: Settings,
     *,
@@ -116,7 +160,7 @@ def open_cluster(
         from .local import open_local  # noqa: PLC0415 - each kind is imported in its branch
 
         return open_local(
-            n_workers=settings.workers,
+            n_workers=settings.workers[1] if settings.workers else None,
             memory_limit=settings.memory_limit,
             dashboard_address=settings.dashboard_address,
         )

@@ -20,6 +20,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
 from ..errors import ClusterError, ConfigError
+from ..residency import LOCAL
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def open_local(
         n_threads = max(1, CPU_COUNT // n_workers)
         if hasattr(os, "sched_setaffinity") and n_workers * n_threads <= CPU_COUNT:  # on Linux
             client.register_plugin(_OwnCores(n_threads))
-        yield Workers(client, n_threads=n_threads)
+        yield Workers(client, n_threads=n_threads, region=LOCAL)
 
 
 class _OwnCores(WorkerPlugin):  # type: ignore[misc]

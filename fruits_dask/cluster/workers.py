@@ -20,6 +20,7 @@ from distributed.scheduler import KilledWorker
 from ..errors import ClusterError, FruitsDaskError
 from ..featurize import get_featurizer, install_network
 from ..records import FeaturizerSpec, StoreOptions
+from ..residency import UNSTATED
 from ..storage import open_store
 from ..tasks import in_background
 
@@ -89,6 +90,8 @@ class Workers:
         Threads that the engine of each worker process may use.
     dashboard_url : str, optional
         Where the dashboard is seen, if not where the scheduler says.
+    region : str, optional
+        Where the workers are.
     check : callable, optional
         Called whenever something is done; raises when the workers must not be used any longer.
     """
@@ -99,11 +102,13 @@ class Workers:
         *,
         n_threads: int,
         dashboard_url: str | None = None,
+        region: str = UNSTATED,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._dashboard_url = dashboard_url
         self._check = check
+        self.region = region
         self._delivery: Future[None] | None = None
         self._registering = threading.Lock()
         self._plugins: list[str] = []

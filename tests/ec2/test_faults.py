@@ -135,6 +135,27 @@ def test_ctrl_c_during_the_start(
     assert_nothing_left(cloud)
 
 
+def test_a_second_ctrl_c_says_how_to_give_back_the_rest(
+    cloud: Cloud, bucket: str, config: Path, start: Start, command: Command
+) -> None:
+    with start(*arguments(config, bucket)) as process:
+        wait_until(lambda: len(cloud.guests) == 3, what="three machines", seconds=60)
+        cloud.refuse = refuse_nth(
+            "TerminateInstances", 1, refusal("RequestLimitExceeded", status="503 Slow")
+        )
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: cloud.count_actions()["TerminateInstances"] > 0, what="giving back")
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    [told] = [line for line in stderr.splitlines() if "NOT ALL IS GIVEN BACK" in line]
+    cloud.refuse = lambda action, query: None
+    done = command(*told.split("`")[1].split())
+    assert done.returncode == 0, done.stderr
+    assert_nothing_left(cloud)
+
+
 def test_a_killed_client(cloud: Cloud, bucket: str, config: Path, start: Start) -> None:
     """The machines end by themselves; what costs nothing goes with `cluster down`."""
     text = config.read_text().replace("[cluster]", '[cluster]\nidle_timeout = "4 seconds"')

@@ -24,6 +24,7 @@ from distributed.security import Security
 from ...config import Settings, seconds_of
 from ...errors import ClusterError, ConfigError, FruitsDaskError
 from ...progress import Progress
+from ...records import Capacity
 from ..existing import connect
 from ..kept import KeptCluster, certificates, check_name, forget, load, save
 from ..versions import check_image, check_workers
@@ -33,11 +34,11 @@ from .costs import Budget, check_price, hourly_cost
 from .machines import DASHBOARD_PORT, Gate, Machines, Request
 from .spot import SpotWatch
 
-__all__ = ["Account", "give_back", "keep_ec2", "open_ec2", "open_kept"]
+__all__ = ["Account", "examine", "give_back", "keep_ec2", "open_ec2", "open_kept"]
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_WORKERS = 2
+_DEFAULT_WORKERS = (2, 2)
 _PROCESS_BYTES = 1.5 * 2**30
 _GIVE_BACK_SECONDS = 300.0
 _POLL_SECONDS = 1.0
@@ -97,9 +98,13 @@ def open_ec2(settings: Settings, *, region: str, progress: Progress) -> Iterator
         progress.say(tunnel(rental.machines))
         request = rental.request
         with _in_use(
-            rental.client, request.idle_seconds, request.n_threads, rental.budget
-        ) as found:
-            yield found
+            rental.client,
+            rental.budget,
+            idle_seconds=request.idle_seconds,
+            n_threads=request.n_threads,
+            region=region,
+        ) as workers:
+            yield workers
 
 
 def keep_ec2(settings: Settings, account: Account, name: str, progress: Progress) -> KeptCluster:
@@ -190,7 +195,13 @@ def open_kept(name: str, settings: Settings, *, region: str) -> Iterator[Workers
     budget.check()
     with (
         connect(cluster.address, cluster.security, f"the cluster {name}") as client,
-        _in_use(client, cluster.idle_seconds, cluster.n_threads, budget) as workers,
+        _in_use(
+            client,
+            budget,
+            idle_seconds=cluster.idle_seconds,
+            n_threads=cluster.n_threads,
+            region=region,
+        ) as workers,
     ):
         yield workers
 
@@ -201,8 +212,8 @@ def _rented(
 ) -> Iterator[_Rental]:
     """Rent, and give back at the end of the block unless the machines are kept."""
     request, subnet = plan_request(settings, account, name)
-    n_workers = settings.workers or _DEFAULT_WORKERS
-    budget = _budget(settings, request, n_workers)
+    fewest, most = settings.workers or _DEFAULT_WORKERS
+    budget = _budget(settings, request, most)
     before = copy.deepcopy(dask.config.config)
     gate = Gate()
     rental: _Rental | None = None
@@ -212,28 +223,47 @@ def _rented(
         ]
         progress.say(f"renting {request.scheduler_instance_type} for the scheduler")
         with _start(request, groups, account, gate) as machines, Client(machines) as client:
-            progress.say(f"renting {n_workers} machines, {request.worker_instance_type}")
-            machines.scale(n_workers)
-            _wait_for_workers(client, machines, n_workers, progress)
+            progress.say(f"renting {fewest} machines, {request.worker_instance_type}")
+            machines.scale(fewest)
+            _wait_for_workers(client, machines, fewest, progress)
             check_workers(client, f"the rented machines ({request.docker_image})")
             if request.spot:
                 client.register_plugin(SpotWatch())
+            if most > fewest:
+                machines.follow_the_work(fewest, most)
+                progress.say(f"from now on {fewest} to {most} machines, as there is work")
             rental = _Rental(machines=machines, client=client, request=request, budget=budget)
             yield rental
     finally:
-        if rental is None or not rental.is_kept:
-            progress.say(f"giving back what was rented for {name}")
-            gate.close()
-            account.end(name, known=gate.started, timeout_seconds=_GIVE_BACK_SECONDS)
         dask.config.config.clear()  # the library puts the keys of the cluster there
         dask.config.config.update(before)
+        if rental is None or not rental.is_kept:
+            _end(account, name, gate, progress)
+
+
+def _end(account: Account, name: str, gate: Gate, progress: Progress) -> None:
+    progress.say(f"giving back what was rented for {name}")
+    try:
+        gate.close()
+        account.end(name, known=gate.started, timeout_seconds=_GIVE_BACK_SECONDS)
+    except BaseException:
+        progress.say(
+            f"NOT ALL IS GIVEN BACK: `cluster down {name} --region {account.region}` does the rest"
+        )
+        raise
 
 
 @contextmanager
 def _in_use(
-    client: Client, idle_seconds: float, n_threads: int, budget: Budget
+    client: Client, budget: Budget, *, idle_seconds: float, n_threads: int, region: str
 ) -> Iterator[Workers]:
-    workers = Workers(client, n_threads=n_threads, dashboard_url=_DASHBOARD_URL, check=budget.check)
+    workers = Workers(
+        client,
+        n_threads=n_threads,
+        dashboard_url=_DASHBOARD_URL,
+        region=region,
+        check=budget.check,
+    )
     try:
         with _kept_alive(client, idle_seconds / 4):
             yield workers
@@ -258,6 +288,46 @@ def give_back(account: Account, cluster: str) -> None:
     """
     account.end(cluster, timeout_seconds=_GIVE_BACK_SECONDS)
     forget(cluster)
+
+
+def examine(settings: Settings, *, region: str) -> Capacity:
+    """Check what a run would rent; nothing is rented.
+
+    Parameters
+    ----------
+    settings : Settings
+        As for `open_ec2`.
+    region : str
+        Where to rent.
+
+    Returns
+    -------
+    Capacity
+        The most that would come.
+
+    Raises
+    ------
+    ConfigError
+        Naming the setting that does not fit.
+    ClusterError
+        If AWS refuses a question.
+    """
+    request, subnet = plan_request(settings, Account(region, settings.profile), "run-none")
+    fewest, most = settings.workers or _DEFAULT_WORKERS
+    budget = _budget(settings, request, most)
+    if not settings.security_groups:
+        _client_cidr(settings, subnet)
+    price = "price not known (hourly_prices)" if budget.hourly is None else f"{budget.hourly:,.2f}"
+    count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return Capacity(
+        n_processes=most * request.n_processes,
+        hourly=budget.hourly,
+        is_rented=True,
+        description=f"{request.scheduler_instance_type} for the scheduler and {count} x "
+        f"{request.worker_instance_type} with {request.n_processes} processes each in {region}; an "
+        f"hour at most: {price}. The quota of the account must allow their virtual CPUs (Service "
+        "Quotas, Amazon EC2)",
+    )
 
 
 def plan_request(settings: Settings, account: Account, name: str) -> tuple[Request, Subnet]:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from dask_cloudprovider.aws import EC2Cluster
 from dask_cloudprovider.aws.ec2 import EC2Scheduler, EC2Worker
 from distributed.core import Status
+from distributed.scheduler import WorkerState
 from distributed.security import Security
 
 from ...errors import ClusterError
@@ -38,6 +40,10 @@ _LOOK_SECONDS = 5.0
 _ADDRESS_SECONDS = 1.0
 _FLIGHT_SECONDS = 30.0
 _FORGET_SECONDS = 10.0
+# Of scaling by the work: look so often, give back after so many looks, rent for so much work.
+_ADAPT_INTERVAL = "10s"
+_ADAPT_COUNT = 12
+_ADAPT_TARGET = "5 minutes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,6 +342,25 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         self.quiet = True  # it prints to standard output
         await super()._start()
 
+    def follow_the_work(self, fewest: int, most: int) -> None:
+        """Rent and give back machines within bounds, as there is work.
+
+        A machine takes minutes to come, so only what will last for some is worth one.
+        """
+        n = self.request.n_processes
+        self.adapt(
+            minimum=fewest * n,
+            maximum=most * n,
+            interval=_ADAPT_INTERVAL,
+            wait_count=_ADAPT_COUNT,
+            target_duration=_ADAPT_TARGET,
+            worker_key=_host,  # a machine goes with all of its processes
+        )
+
+    def scale_up(self, n: int) -> None:
+        """Scale to a number of worker processes, which is what `adapt` counts."""
+        self.scale(math.ceil(n / self.request.n_processes))
+
     def forget(self) -> None:
         """Let go of what is here; the machines are ended by their tag, all in one way."""
         self.shutdown_scheduler = False
@@ -428,6 +453,10 @@ def compressed(user_data: str) -> bytes:
 
 def _instance_profile(name: str) -> dict[str, str]:
     return {"Arn" if name.startswith("arn:") else "Name": name}
+
+
+def _host(worker: WorkerState) -> str:
+    return str(worker.host)
 
 
 def _look_at(task: asyncio.Future[Any]) -> None:
