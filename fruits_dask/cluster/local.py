@@ -21,7 +21,7 @@ from distributed.system import MEMORY_LIMIT
 
 from ..errors import ClusterError, ConfigError
 from ..residency import LOCAL
-from .workers import Workers
+from .workers import WORKER_SETTINGS, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +30,6 @@ _WORKER_BYTES = 1.5 * 2**30
 _LEAST_BYTES = 1 * 2**30
 # One computes while the other reads, decodes and stores.
 _TASKS_AT_A_TIME = 2
-_POOL_BYTES = 64 * 2**20
-# Configuration of Dask under which the workers start.
-_SETTINGS = {
-    # How often Dask looks at itself. By default that is every 10 to 20 ms, which takes 2 to 3 % of
-    # the core of every worker from the network.
-    "distributed.admin.tick.interval": "200ms",
-    "distributed.worker.profile.interval": "200ms",
-    # Every photo takes and gives back memory that glibc and Pillow would fetch from the system each
-    # time, page by page: some 5 % of the time. So they keep what a chunk of photos needs.
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(_POOL_BYTES),
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(_POOL_BYTES),
-    # But not once for each of some thirty threads: that is 100 MB of a worker.
-    "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": "2",
-    "distributed.nanny.pre-spawn-environ.PILLOW_BLOCKS_MAX": "8",
-}
 
 
 def default_n_workers() -> int:
@@ -83,7 +68,7 @@ def open_local(
     n_workers = n_workers or default_n_workers()
     memory_bytes = memory_of_worker(memory_limit, n_workers)
     try:
-        with _interrupts_for_driver_only(), dask.config.set(_SETTINGS):
+        with _interrupts_for_driver_only(), dask.config.set(WORKER_SETTINGS):
             cluster = LocalCluster(
                 n_workers=n_workers,
                 threads_per_worker=_TASKS_AT_A_TIME,

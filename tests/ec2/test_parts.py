@@ -8,8 +8,10 @@ import stat
 import threading
 from pathlib import Path
 
+import dask
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from distributed.security import Security
 
 from fruits_dask.cluster import kept
 from fruits_dask.cluster.ec2 import account, costs, machines
@@ -65,6 +67,17 @@ def test_user_data_is_compressed_and_measured() -> None:
     assert gzip.decompress(machines.compressed("#cloud-config\n" * 5000)).startswith(b"#cloud")
     with pytest.raises(ClusterError, match=r"and EC2 takes 16,384"):
         machines.compressed(os.urandom(20_000).hex())
+
+
+def test_only_what_is_needed_of_the_configuration_travels() -> None:
+    security = Security.temporary()
+    with dask.config.set({"distributed.secret": "hunter2", "s3.password": "hunter3"}):
+        sent = dask.config.deserialize(machines.inherited_config(security))
+    assert set(sent) == {"distributed"}
+    assert set(sent["distributed"]) == {"comm", "admin", "worker", "nanny"}
+    assert sent["distributed"]["comm"]["tls"]["ca-file"] == security.tls_ca_file
+    assert "client" not in sent["distributed"]["comm"]["tls"]
+    assert "hunter" not in str(sent)
 
 
 # ---------------------------------------------------------------- the gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def test_what_is_asked_of_ec2(cloud: Cloud, bucket: str, config: Path, command: 
             assert tags["fruits-dask:cluster"].startswith("run-")
             assert tags["team"] == "fruit"
     assert sum("InstanceMarketOptions.MarketType" in query for query in requests) == 2
+    assert all(len(gzip.compress(g.user_data)) < 8_000 for g in cloud.guests.values())
     scheduler, *workers = sorted(cloud.guests.values(), key=lambda g: not g.is_scheduler)
     assert "127.0.0.1:8787" in scheduler.command  # the dashboard
     assert all(b"shutdown -h +720" in g.user_data for g in cloud.guests.values())

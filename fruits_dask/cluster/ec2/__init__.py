@@ -45,13 +45,6 @@ _POLL_SECONDS = 1.0
 _LOOK_SECONDS = 10.0
 _DASHBOARD_URL = f"http://127.0.0.1:{DASHBOARD_PORT}, through the tunnel"
 _OWN_ADDRESS_URL = "https://checkip.amazonaws.com"
-# What makes a worker as fast as a local one, see `cluster.local`; and where AWS is.
-_ENVIRONMENT = {
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
-    "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
-    "MALLOC_ARENA_MAX": "2",
-    "PILLOW_BLOCKS_MAX": "8",
-}
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
@@ -385,8 +378,7 @@ def plan_request(settings: Settings, account: Account, name: str) -> tuple[Reque
         tags={**settings.instance_tags, CLUSTER_TAG: name},
         n_processes=n_processes,
         n_threads=max(1, worker.n_cores // n_processes),
-        environment=_ENVIRONMENT
-        | {"AWS_DEFAULT_REGION": account.region}
+        environment={"AWS_DEFAULT_REGION": account.region}
         | {key: os.environ[key] for key in _PASSED_ON if key in os.environ},
         start_seconds=seconds_of(settings.start_timeout),
         idle_seconds=seconds_of(settings.idle_timeout),

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import dask.config
 from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
 from dask_cloudprovider.aws import EC2Cluster
@@ -27,6 +28,7 @@ from distributed.scheduler import WorkerState
 from distributed.security import Security
 
 from ...errors import ClusterError
+from ..workers import WORKER_SETTINGS
 from .account import SCHEDULER_PORT, Account, aws_tags
 
 logger = logging.getLogger(__name__)
@@ -153,7 +155,11 @@ class _Machine:
     use_private_ip: bool
 
     def call(self, name: str) -> None:
-        """Give the machine a name, which is a tag of its request."""
+        """Give the machine a name, which is a tag of its request, and the configuration of Dask.
+
+        The library would send all that the user has configured, which may hold secrets.
+        """
+        self.set_env = f'env DASK_INTERNAL_INHERIT_CONFIG="{self.cluster.inherited}"'
         self.name = f"fruits-dask-{self.cluster.request.cluster}-{name}"
         self.instance_tags = {**self.instance_tags, "Name": self.name}
 
@@ -307,6 +313,7 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         self.account = account
         self.gate = gate
         self.refusals: list[Exception] = []
+        self.inherited = inherited_config(security)
         profile = request.iam_instance_profile
         super().__init__(
             region=request.region,
@@ -415,6 +422,26 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         return spec
 
 
+def inherited_config(security: Security) -> str:
+    """Serialize what scheduler and workers need of Dask's configuration, and nothing else."""
+    tls = "distributed.comm.tls"
+    config: dict[str, Any] = {}
+    dask.config.set(
+        {
+            **WORKER_SETTINGS,
+            "distributed.comm.default-scheme": "tls",
+            "distributed.comm.require-encryption": True,
+            f"{tls}.ca-file": security.tls_ca_file,
+            f"{tls}.scheduler.key": security.tls_scheduler_key,
+            f"{tls}.scheduler.cert": security.tls_scheduler_cert,
+            f"{tls}.worker.key": security.tls_worker_key,
+            f"{tls}.worker.cert": security.tls_worker_cert,
+        },
+        config=config,
+    )
+    return str(dask.config.serialize(config))
+
+
 def prepare_commands(request: Request) -> list[str]:
     """List what a machine does before its container starts, as lines of cloud-init's runcmd."""
     minutes = max(1, round(request.max_hours * 60))
@@ -445,8 +472,8 @@ def compressed(user_data: str) -> bytes:
     data = gzip.compress(user_data.encode(), mtime=0)
     if len(data) > USER_DATA_BYTES:
         raise ClusterError(
-            f"the user data takes {len(data):,} bytes, and EC2 takes {USER_DATA_BYTES:,}: the Dask "
-            "configuration of this machine travels with it; shorten ~/.config/dask"
+            f"the user data takes {len(data):,} bytes, and EC2 takes {USER_DATA_BYTES:,}; shorten "
+            "the docker_image and what AWS_ENDPOINT_URL is"
         )
     return data
 
