@@ -440,7 +440,9 @@ def down(call: Call) -> None:
                 f"nothing in {account.region} belongs to a cluster {name!r}; "
                 f"there are: {', '.join(known) or 'none'}"
             )
-    if not names and not call.extras["all"]:
+    if call.extras["all"] and not names:
+        typer.echo(f"nothing is rented in {account.region}")
+    elif not names:
         raise ConfigError(f"say which, or --all; there are: {', '.join(known) or 'none'}")
     for name in names:
         call.progress.say(f"giving back {name}")

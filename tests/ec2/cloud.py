@@ -11,6 +11,7 @@ import base64
 import gzip
 import io
 import ipaddress
+import itertools
 import os
 import re
 import shlex
@@ -274,20 +275,14 @@ class Cloud(RecordingMoto):
 def parse_docker(line: str) -> tuple[dict[str, str], list[str]]:
     """Take a `docker run` line apart: environment, and command with this Python."""
     words = shlex.split(line)
+    start = words.index("env")  # after the image
     environment: dict[str, str] = {}
-    position = 2
-    while words[position] != IMAGE:
-        if words[position] == "-e":
-            name, _, value = words[position + 1].partition("=")
-            environment[name] = value
-            position += 1
-        position += 1
-    command = words[position + 1 :]
-    assert command[0] == "env"
-    name, _, value = command[1].partition("=")
-    environment[name] = value
-    assert command[2] == "python"
-    return environment, [sys.executable, *command[3:]]
+    for flag, value in itertools.pairwise(words[: start - 1]):
+        if flag == "-e":
+            environment |= dict([value.split("=", 1)])
+    environment |= dict([words[start + 1].split("=", 1)])
+    assert words[start + 2] == "python"
+    return environment, [sys.executable, *words[start + 3 :]]
 
 
 def guest_environment(environment: dict[str, str]) -> dict[str, str]:
