@@ -199,7 +199,9 @@ def _reporting(verbose: int) -> Iterator[Progress]:
     console = Console(stderr=True)
     set_up_logging(console, verbose)
     _warn_of_environment(console)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # Also a terminal that is closed (SIGHUP) must not leave rented machines behind.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         with open_progress(console) as progress:
             yield progress
@@ -219,7 +221,8 @@ def _reporting(verbose: int) -> Iterator[Progress]:
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(Exit.FAILED) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_signum: int, _frame: FrameType | None) -> None:

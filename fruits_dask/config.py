@@ -7,7 +7,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -277,6 +277,12 @@ class Settings(BaseSettings):
             anonymous=self.anonymous,
             requester_pays=self.requester_pays,
         )
+
+    @property
+    def worker_store_options(self) -> StoreOptions:
+        """How workers reach them: other machines have roles, and no profile of this user."""
+        options = self.store_options
+        return options if self.cluster == "local" else replace(options, profile=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

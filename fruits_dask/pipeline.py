@@ -257,7 +257,7 @@ def _workers(space: Workspace, *, featurize: bool, reduce: bool = True) -> Itera
             "seconds": round(time.perf_counter() - start, 3),
         }
         space.progress.say(f"{workers.n_workers} workers, Dask dashboard: {workers.dashboard_url}")
-        workers.check_reach(space.path(layout.RUN_JSON), space.settings.store_options)
+        workers.check_reach(space.path(layout.RUN_JSON), space.settings.worker_store_options)
         target = space.path(layout.DASK_REPORT)
         with workers.performance_report(lambda html: space.store.upload(html, target)):
             yield workers
@@ -302,7 +302,7 @@ def _spec(space: Workspace, workers: Workers) -> FeaturizerSpec:
 def _extract_job(space: Workspace, workers: Workers) -> ExtractJob:
     return ExtractJob(
         output=space.output,
-        options=space.settings.store_options,
+        options=space.settings.worker_store_options,
         spec=_spec(space, workers),
         max_megapixels=space.settings.max_megapixels,
         concurrent_reads=space.settings.concurrent_reads,
@@ -379,7 +379,7 @@ def _count(space: Workspace, workers: Workers) -> list[PartCount]:
     """Count the rows of all stored parts."""
     indices = part_indices(space.store, space.output, layout.FEATURES)
     found: Iterator[PartCount] = workers.run(
-        counts_bag(space.output, space.settings.store_options, indices)
+        counts_bag(space.output, space.settings.worker_store_options, indices)
     )
     return sorted(found, key=lambda count: count.index)
 
@@ -460,7 +460,7 @@ def _fit(space: Workspace, counts: list[PartCount]) -> PcaModel:
     space.progress.start("reduce", total=None, unit="batches")
     model = fit_pca(
         space.output,
-        space.settings.store_options,
+        space.settings.worker_store_options,
         counts,
         components=space.settings.components,
         reducer=space.settings.reducer,
@@ -478,7 +478,7 @@ def _write_scores(space: Workspace, workers: Workers) -> None:
     indices = part_indices(space.store, space.output, layout.FEATURES)
     todo = [index for index in indices if index not in stored]
     space.progress.start("scores", total=len(indices), unit="parts", done=len(stored))
-    bag = scores_bag(space.output, space.settings.store_options, todo)
+    bag = scores_bag(space.output, space.settings.worker_store_options, todo)
     for done, _ in enumerate(workers.run(bag), start=len(stored) + 1):
         space.progress.update(done)
 

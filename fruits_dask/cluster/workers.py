@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed import Client, WorkerPlugin, as_completed, performance_report
 from distributed.comm import CommClosedError
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, NoWorkerError
 
 from ..errors import ClusterError, FruitsDaskError
 from ..featurize import get_featurizer, install_network
@@ -262,6 +262,10 @@ class Workers:
             ) from exc
         except FruitsDaskError:
             raise
+        except NoWorkerError as exc:
+            raise ClusterError(
+                "all workers are gone, and none came back in time; run again to resume"
+            ) from exc
         except _LOST as exc:
             raise _lost(exc) from exc
         finally:

@@ -78,7 +78,8 @@ def fit_incremental(
     "Communication-optimal parallel and sequential QR and LU factorizations", 2012: its solver for
     many components.
     """
-    first = first_rows(chunks[0]).astype(np.float64)
+    # By a worker, like all other rows: this machine may have other ways to the store.
+    first = delayed(first_rows)(chunks[0]).compute().astype(np.float64)
     n_samples = sum(chunk.n_rows for chunk in chunks)
     # Centred rows span one dimension less than there are rows.
     largest = min(n_samples - 1, first.shape[1])

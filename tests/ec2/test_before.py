@@ -29,7 +29,7 @@ WRONG = [
     ("processes_per_worker = 1", "max_cost = 1.0", "--max-cost needs the price of an hour"),
     ("processes_per_worker = 1", 'region = "us-east-1"', "outside the allowed regions"),
     ("processes_per_worker = 1", 'region = "eu-central-1"', "would leave its region"),
-    ("processes_per_worker = 1", 'client_cidr = "0.0.0.0/0"', "is the whole world"),
+    ("processes_per_worker = 1", 'client_cidr = "0.0.0.0/0"', "is most of the world"),
     ("processes_per_worker = 1", 'client_cidr = "home"', "client_cidr"),
     ("processes_per_worker = 1", 'vpc = "vpc-1"', "is in vpc-"),
 ]

@@ -135,6 +135,32 @@ def test_ctrl_c_during_the_start(
     assert_nothing_left(cloud)
 
 
+def test_all_machines_are_taken_back(cloud: Cloud, bucket: str, config: Path, start: Start) -> None:
+    config.write_text(config.read_text().replace("1 minute", "15 seconds"))
+    with start(*arguments(config, bucket), "--partition-size", "1") as process:
+        wait_until(lambda: "features" in str(cloud.count_paths()), what="a part", seconds=90)
+        workers = [g.id for g in cloud.guests.values() if not g.is_scheduler]
+        cloud.client().terminate_instances(InstanceIds=workers)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "all workers are gone" in stderr
+    assert_nothing_left(cloud)
+
+
+def test_a_profile_is_for_this_machine_alone(
+    bucket: str, config: Path, command: Command, environment: dict[str, str]
+) -> None:
+    """The machines have a role; they know no profile of the user."""
+    credentials = config.with_name("credentials")
+    keys = [environment.pop(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")]
+    credentials.write_text(
+        f"[me]\naws_access_key_id = {keys[0]}\naws_secret_access_key = {keys[1]}\n"
+    )
+    environment["AWS_SHARED_CREDENTIALS_FILE"] = str(credentials)
+    done = command(*arguments(config, bucket), "--profile", "me", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_second_ctrl_c_says_how_to_give_back_the_rest(
     cloud: Cloud, bucket: str, config: Path, start: Start, command: Command
 ) -> None:

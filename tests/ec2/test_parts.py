@@ -72,9 +72,9 @@ def test_user_data_is_compressed_and_measured() -> None:
 def test_only_what_is_needed_of_the_configuration_travels() -> None:
     security = Security.temporary()
     with dask.config.set({"distributed.secret": "hunter2", "s3.password": "hunter3"}):
-        sent = dask.config.deserialize(machines.inherited_config(security))
+        sent = dask.config.deserialize(machines.inherited_config(security, 60))
     assert set(sent) == {"distributed"}
-    assert set(sent["distributed"]) == {"comm", "admin", "worker", "nanny"}
+    assert set(sent["distributed"]) == {"comm", "admin", "worker", "nanny", "scheduler"}
     assert sent["distributed"]["comm"]["tls"]["ca-file"] == security.tls_ca_file
     assert "client" not in sent["distributed"]["comm"]["tls"]
     assert "hunter" not in str(sent)
@@ -88,7 +88,7 @@ def test_a_closed_gate_lets_nobody_in() -> None:
     gate.enter()
     gate.leave({"Instances": [{"InstanceId": "i-1"}]})
     gate.close()
-    assert gate.started == {"i-1"}
+    assert gate.young == {"i-1"}
     with pytest.raises(ClusterError, match="given back"):
         gate.enter()
 
@@ -103,7 +103,7 @@ def test_the_gate_waits_for_requests_under_way() -> None:
     gate.leave({"Instances": [{"InstanceId": "i-late"}]})
     closing.join(5)
     assert not closing.is_alive()
-    assert gate.started == {"i-late"}
+    assert gate.young == {"i-late"}
 
 
 # ---------------------------------------------------------------- kept clusters

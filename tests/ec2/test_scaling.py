@@ -66,3 +66,4 @@ def test_as_many_machines_as_there_is_work(
         wait_until(lambda: len(cloud.alive) == 4, what="three workers", seconds=60)
         rental.client.gather(futures)
         wait_until(lambda: len(cloud.alive) == 2, what="one worker is left", seconds=60)
+    assert cloud.count_actions()["RunInstances"] <= 5  # a scheduler, three workers, perhaps again

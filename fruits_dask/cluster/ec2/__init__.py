@@ -11,14 +11,12 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from ipaddress import IPv4Network, ip_network
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
 
 import dask
 from distributed import Client
-from distributed.comm import CommClosedError
 from distributed.security import Security
 
 from ...config import Settings, seconds_of
@@ -42,6 +40,7 @@ _DEFAULT_WORKERS = (2, 2)
 _PROCESS_BYTES = 1.5 * 2**30
 _GIVE_BACK_SECONDS = 300.0
 _POLL_SECONDS = 1.0
+_WORLD_BITS = 8
 _LOOK_SECONDS = 10.0
 _DASHBOARD_URL = f"http://127.0.0.1:{DASHBOARD_PORT}, through the tunnel"
 _OWN_ADDRESS_URL = "https://checkip.amazonaws.com"
@@ -127,6 +126,10 @@ def keep_ec2(settings: Settings, account: Account, name: str, progress: Progress
         If AWS refuses, or no machine answers in time; everything is given back.
     """
     check_name(name)
+    if settings.workers and settings.workers[0] != settings.workers[1]:
+        raise ConfigError(
+            "a cluster that is kept has a fixed number of --workers: nobody scales it between runs"
+        )
     if account.machines(name):
         raise ConfigError(
             f"there is a cluster {name} in {account.region}; give another name, or first "
@@ -139,7 +142,7 @@ def keep_ec2(settings: Settings, account: Account, name: str, progress: Progress
             address=rental.client.scheduler.address,
             n_threads=rental.request.n_threads,
             hourly=rental.budget.hourly,
-            max_hours=rental.budget.max_hours,
+            max_hours=rental.budget.hours,
             start=rental.budget.start,
             idle_seconds=rental.request.idle_seconds,
             tls=certificates(rental.machines.security),
@@ -207,6 +210,7 @@ def _rented(
     request, subnet = plan_request(settings, account, name)
     fewest, most = settings.workers or _DEFAULT_WORKERS
     budget = _budget(settings, request, most)
+    request = replace(request, max_hours=budget.hours)
     before = copy.deepcopy(dask.config.config)
     gate = Gate()
     rental: _Rental | None = None
@@ -235,10 +239,11 @@ def _rented(
 
 
 def _end(account: Account, name: str, gate: Gate, progress: Progress) -> None:
-    progress.say(f"giving back what was rented for {name}")
+    with suppress(Exception):  # whatever becomes of the message
+        progress.say(f"giving back what was rented for {name}")
     try:
         gate.close()
-        account.end(name, known=gate.started, timeout_seconds=_GIVE_BACK_SECONDS)
+        account.end(name, known=gate.young, timeout_seconds=_GIVE_BACK_SECONDS)
     except BaseException:
         progress.say(
             f"NOT ALL IS GIVEN BACK: `cluster down {name} --region {account.region}` does the rest"
@@ -429,11 +434,11 @@ def _client_cidr(settings: Settings, subnet: Subnet) -> str:
     """Find out from which address this machine will reach the scheduler."""
     if settings.client_cidr:
         try:
-            found = ip_network(settings.client_cidr)
+            found = IPv4Network(settings.client_cidr)
         except ValueError as exc:
             raise ConfigError(f"client_cidr = {settings.client_cidr!r}: {exc}") from exc
-        if found.prefixlen == 0:
-            raise ConfigError(f"client_cidr = {settings.client_cidr} is the whole world")
+        if found.prefixlen < _WORLD_BITS:
+            raise ConfigError(f"client_cidr = {settings.client_cidr} is most of the world")
         return str(found)
     if settings.use_private_ip:
         return str(IPv4Network(_source_address(subnet)))
@@ -471,6 +476,7 @@ def _start(request: Request, groups: list[str], account: Account, gate: Gate) ->
     try:
         yield machines
     finally:
+        gate.close()
         machines.forget()
 
 
@@ -491,10 +497,10 @@ def _wait_for_workers(
     request, account = machines.request, machines.account
     deadline = time.monotonic() + request.start_seconds
     next_look = time.monotonic() + _LOOK_SECONDS
-    n_expected, n_before = n_machines, 0
+    n_ended = n_before = 0
     while True:
         n_here = len(client.scheduler_info(n_workers=-1)["workers"])
-        n_expected = min(n_expected, n_machines - len(machines.refusals))
+        n_expected = max(n_machines - len(machines.refusals) - n_ended, 0)
         if n_here >= n_expected * request.n_processes:
             break
         if n_here != n_before:
@@ -503,8 +509,7 @@ def _wait_for_workers(
         now = time.monotonic()
         if now > next_look:
             next_look = now + _LOOK_SECONDS
-            alive = [m for m in account.machines(request.cluster) if m.state != "shutting-down"]
-            n_expected = min(n_expected, max(len(alive) - 1, 0))
+            n_ended = len(account.ended(request.cluster))
         if now > deadline:
             break
         time.sleep(_POLL_SECONDS)
@@ -536,7 +541,7 @@ def _kept_alive(client: Client, seconds: float) -> Iterator[None]:
 
     def call() -> None:
         while not ended.wait(seconds):
-            with suppress(OSError, TimeoutError, CancelledError, CommClosedError):
+            with suppress(Exception):  # the run itself meets it
                 client.submit(os.getpid, pure=False).result(timeout=seconds)
 
     thread = threading.Thread(target=call, name="keep-alive", daemon=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_network
 from typing import Any
 
 import botocore.config
@@ -27,8 +27,12 @@ CLUSTER_TAG = "fruits-dask:cluster"
 SCHEDULER_PORT = 8786
 
 _ALIVE = ("pending", "running", "shutting-down", "stopping", "stopped")
+_ENDED = ("shutting-down", "terminated", "stopping", "stopped")
 _NOT_ENDING = ("pending", "running", "stopping", "stopped")
 _POLL_SECONDS = 1.0
+_UNLISTED_SECONDS = 30.0
+# Addresses that are the world, however they are spelled.
+_WORLD_BITS = 8
 # What AWS answers, and what to do about it.
 _ADVICE = {
     "AuthFailure": "the keys are not valid; see `aws sts get-caller-identity`",
@@ -234,6 +238,10 @@ class Account:
                 for reservation in page["Reservations"]:
                     yield from (_machine(found) for found in reservation["Instances"])
 
+    def ended(self, cluster: str) -> set[str]:
+        """Find machines of a cluster that have ended, or are about to; by identifier."""
+        return {m.id for m in self._machines(cluster, _ENDED)}
+
     def end(self, cluster: str, *, known: Collection[str] = (), timeout_seconds: float) -> None:
         """End all machines of a cluster, wait until they are gone, and remove its firewalls.
 
@@ -252,9 +260,11 @@ class Account:
             If something is left; the message names it.
         """
         deadline = time.monotonic() + timeout_seconds
-        listed = {m.id for m in self._machines(cluster, (*_ALIVE, "terminated"))}
-        ordered = set(known) - listed
+        listed = list(self._machines(cluster, (*_ALIVE, "terminated")))
+        ordered = {m.id for m in listed if m.state in _NOT_ENDING}
         self._end(sorted(ordered))
+        for machine in set(known) - {m.id for m in listed}:
+            self._end_unlisted(machine)
         while alive := self.machines(cluster):
             new = [m.id for m in alive if m.state in _NOT_ENDING and m.id not in ordered]
             self._end(new)
@@ -272,6 +282,19 @@ class Account:
         if ids:
             with aws_errors(f"end the machines {', '.join(ids)}"):
                 self._ec2.terminate_instances(InstanceIds=ids)
+
+    def _end_unlisted(self, machine: str) -> None:
+        """End a machine that AWS has just started, and may not know everywhere yet."""
+        deadline = time.monotonic() + _UNLISTED_SECONDS
+        while time.monotonic() < deadline:  # after that: gone, or found by its tag
+            try:
+                self._end([machine])
+            except ClusterError as exc:
+                if "InvalidInstanceID.NotFound" not in str(exc):
+                    raise
+                time.sleep(_POLL_SECONDS)
+            else:
+                return
 
     # ---------------------------------------------------------------- firewalls
 
@@ -293,6 +316,10 @@ class Account:
                         {"ResourceType": "security-group", "Tags": aws_tags(tags)},
                     ],
                 )["GroupId"]
+            )
+            # What was just made is not known everywhere at once.
+            self._ec2.get_waiter("security_group_exists").wait(
+                GroupIds=[group], WaiterConfig={"Delay": 1, "MaxAttempts": 30}
             )
             self._ec2.authorize_security_group_ingress(
                 GroupId=group,
@@ -332,7 +359,8 @@ class Account:
             for rule in group["IpPermissions"]:
                 ranges = [r["CidrIp"] for r in rule.get("IpRanges", [])]
                 ranges += [r["CidrIpv6"] for r in rule.get("Ipv6Ranges", [])]
-                if {"0.0.0.0/0", "::/0"} & set(ranges):
+                too_wide = any(ip_network(r, strict=False).prefixlen < _WORLD_BITS for r in ranges)
+                if too_wide or rule.get("PrefixListIds"):
                     raise ConfigError(
                         f"the security group {group['GroupId']} is open to the world on "
                         f"{_ports(rule)}; narrow it, or leave security_groups out, and one is made "

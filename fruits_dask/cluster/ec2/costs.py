@@ -32,6 +32,13 @@ class Budget:
     start: float = field(default_factory=time.time)
     """When the first machine was asked for, by that clock."""
 
+    @property
+    def hours(self) -> float:
+        """After which the machines end by themselves, whoever watches."""
+        if self.hourly is None or self.max_cost is None:
+            return self.max_hours
+        return min(self.max_hours, self.max_cost / self.hourly)
+
     def check(self) -> None:
         """Stop when the money or the time is spent.
 

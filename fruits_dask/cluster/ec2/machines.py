@@ -24,6 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from dask_cloudprovider.aws import EC2Cluster
 from dask_cloudprovider.aws.ec2 import EC2Scheduler, EC2Worker
 from distributed.core import Status
+from distributed.deploy.adaptive import Adaptive
 from distributed.scheduler import WorkerState
 from distributed.security import Security
 
@@ -42,6 +43,7 @@ _LOOK_SECONDS = 5.0
 _ADDRESS_SECONDS = 1.0
 _FLIGHT_SECONDS = 30.0
 _FORGET_SECONDS = 10.0
+_YOUNG_SECONDS = 300.0
 # Of scaling by the work: look so often, give back after so many looks, rent for so much work.
 _ADAPT_INTERVAL = "10s"
 _ADAPT_COUNT = 12
@@ -107,7 +109,7 @@ class Gate:
         self._changed = threading.Condition()
         self._n_under_way = 0
         self._is_closed = False
-        self.started: set[str] = set()
+        self._started: dict[str, float] = {}
         self.n_requests = 0
 
     def enter(self) -> None:
@@ -127,7 +129,8 @@ class Gate:
     def leave(self, answer: dict[str, Any] | None = None) -> None:
         """End a request, and note which machines it started."""
         with self._changed:
-            self.started.update(m["InstanceId"] for m in (answer or {}).get("Instances", []))
+            for machine in (answer or {}).get("Instances", []):
+                self._started[machine["InstanceId"]] = time.monotonic()
             self._n_under_way -= 1
             self._changed.notify_all()
 
@@ -139,6 +142,12 @@ class Gate:
                 logger.warning(
                     "a request for a machine was not answered; looking for it by its tag"
                 )
+
+    @property
+    def young(self) -> set[str]:
+        """Machines that AWS may not list yet."""
+        now = time.monotonic()
+        return {m for m, started in self._started.items() if now - started < _YOUNG_SECONDS}
 
     @property
     def is_closed(self) -> bool:
@@ -237,8 +246,7 @@ class SchedulerMachine(_Machine, EC2Scheduler):  # type: ignore[misc]
                 raise ClusterError("the cluster is being given back")
             if now > next_look:
                 next_look = now + _LOOK_SECONDS
-                machines = await asyncio.to_thread(account.machines, request.cluster)
-                if machine not in {m.id for m in machines if m.state in ("pending", "running")}:
+                if machine in await asyncio.to_thread(account.ended, request.cluster):
                     raise ClusterError(_ended(machine, request))
             if now > deadline:
                 raise ClusterError(_mute(machine, host, request))
@@ -268,6 +276,8 @@ class WorkerMachine(_Machine, EC2Worker):  # type: ignore[misc]
                 *("--name", name, "--nworkers", str(request.n_processes)),
                 # One task computes while another reads, decodes and stores.
                 "--nthreads 2 --local-directory /tmp",
+                # A share of the machine; two threads a core would each be counted as a core.
+                *("--memory-limit", f"{1 / request.n_processes:.4f}"),
                 # Its pages are on a port of all interfaces otherwise, even without a dashboard.
                 "--no-dashboard --dashboard-address 127.0.0.1:0",
                 *("--death-timeout", f"{request.idle_seconds:.0f}s"),
@@ -282,6 +292,33 @@ class WorkerMachine(_Machine, EC2Worker):  # type: ignore[misc]
         except Exception as exc:  # noqa: BLE001 - the library raises what it met, of any class
             self.cluster.refusals.append(exc)
             self.status = Status.running  # as far as the library is concerned
+
+
+class _ByMachine(Adaptive):  # type: ignore[misc]
+    """Counts worker processes, as Dask does, and changes whole machines."""
+
+    @property
+    def _n_processes(self) -> int:
+        return int(self.cluster.request.n_processes)
+
+    async def safe_target(self) -> int:
+        """Round up to whole machines."""
+        target: int = await super().safe_target()
+        return math.ceil(target / self._n_processes) * self._n_processes
+
+    async def scale_up(self, n: int) -> None:
+        """Rent, up to `n` processes."""
+        self.cluster.scale(n // self._n_processes)
+
+    async def recommendations(self, target: int) -> dict[str, Any]:
+        """Give back no more machines than `target` leaves over, whichever processes were chosen."""
+        found: dict[str, Any] = await super().recommendations(target)
+        if found["status"] == "down" and self._n_processes > 1:
+            chosen = sorted({name.rpartition("-")[0] for name in found["workers"]})
+            n_left_over = (len(self.plan) - target) // self._n_processes
+            machines = set(chosen[:n_left_over])
+            found["workers"] = [n for n in self.plan if n.rpartition("-")[0] in machines]
+        return found
 
 
 class Machines(EC2Cluster):  # type: ignore[misc]
@@ -313,7 +350,7 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         self.account = account
         self.gate = gate
         self.refusals: list[Exception] = []
-        self.inherited = inherited_config(security)
+        self.inherited = inherited_config(security, request.start_seconds)
         profile = request.iam_instance_profile
         super().__init__(
             region=request.region,
@@ -362,11 +399,8 @@ class Machines(EC2Cluster):  # type: ignore[misc]
             wait_count=_ADAPT_COUNT,
             target_duration=_ADAPT_TARGET,
             worker_key=_host,  # a machine goes with all of its processes
+            Adaptive=_ByMachine,
         )
-
-    def scale_up(self, n: int) -> None:
-        """Scale to a number of worker processes, which is what `adapt` counts."""
-        self.scale(math.ceil(n / self.request.n_processes))
 
     def forget(self) -> None:
         """Let go of what is here; the machines are ended by their tag, all in one way."""
@@ -374,7 +408,8 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         self.workers.clear()
         self.worker_spec.clear()
         self._created.clear()
-        self.close(timeout=_FORGET_SECONDS)
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            self.close(timeout=_FORGET_SECONDS)
 
     def _own_session(self) -> AioSession:
         session = AioSession(profile=self.request.profile)
@@ -422,13 +457,15 @@ class Machines(EC2Cluster):  # type: ignore[misc]
         return spec
 
 
-def inherited_config(security: Security) -> str:
+def inherited_config(security: Security, no_worker_seconds: float) -> str:
     """Serialize what scheduler and workers need of Dask's configuration, and nothing else."""
     tls = "distributed.comm.tls"
     config: dict[str, Any] = {}
     dask.config.set(
         {
             **WORKER_SETTINGS,
+            # Where all machines were taken back, nothing should wait for ever.
+            "distributed.scheduler.no-workers-timeout": f"{no_worker_seconds:.0f}s",
             "distributed.comm.default-scheme": "tls",
             "distributed.comm.require-encryption": True,
             f"{tls}.ca-file": security.tls_ca_file,
@@ -444,7 +481,7 @@ def inherited_config(security: Security) -> str:
 
 def prepare_commands(request: Request) -> list[str]:
     """List what a machine does before its container starts, as lines of cloud-init's runcmd."""
-    minutes = max(1, round(request.max_hours * 60))
+    minutes = max(1, math.floor(request.max_hours * 60))
     commands = [
         f"shutdown -h +{minutes}",
         "command -v docker || { apt-get update -y && apt-get install -y docker.io; }",
