@@ -39,6 +39,7 @@ from fruits_dask import layout
 from fruits_dask.extract import ExtractJob
 from fruits_dask.partition import partition_rows
 from fruits_dask.records import Features, FeaturizerSpec, ObjectInfo, Pixels, RowRange, StoreOptions
+from fruits_dask.residency import LOCAL
 from fruits_dask.source import write_manifest
 from fruits_dask.storage import LocalStore, Store, StoredObject
 
@@ -422,6 +423,7 @@ class SyncWorkers:
     n_threads = 1
     n_workers = 1
     dashboard_url = "http://127.0.0.1/none"
+    region = LOCAL
 
     def deliver(self, *_: Any) -> None:
         """Take nothing: the featurizer is in this process."""
