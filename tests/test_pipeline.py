@@ -858,6 +858,7 @@ def test_a_run_on_s3_gives_the_same_numbers_with_one_request_an_image(
     for kind in (layout.FEATURES, layout.SCORES):
         assert np.array_equal(vectors_of(output, kind), vectors_of(finished.output, kind))
     record = json.loads((output / layout.RUN_JSON).read_text("utf-8"))
+    assert record["regions"].pop("the workers") == "this machine"
     assert set(record["regions"].values()) == {REGION}
 
 
