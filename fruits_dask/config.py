@@ -27,6 +27,8 @@ from .records import StoreOptions
 
 ENV_PREFIX = "FRUITS_"
 
+# How the address of a Dask scheduler begins.
+ADDRESS_PREFIXES = ("tcp://", "tls://")
 # A table of this name in a TOML file groups what cluster it is; its settings are as flat as the
 # rest.
 _CLUSTER_TABLE = "cluster"
@@ -279,10 +281,15 @@ class Settings(BaseSettings):
         )
 
     @property
+    def is_rented(self) -> bool:
+        """Tell whether the workers are on machines that this package rents."""
+        return self.cluster != "local" and not self.cluster.startswith(ADDRESS_PREFIXES)
+
+    @property
     def worker_store_options(self) -> StoreOptions:
-        """How workers reach them: other machines have roles, and no profile of this user."""
+        """How workers reach them: rented machines have roles, and no profile of this user."""
         options = self.store_options
-        return options if self.cluster == "local" else replace(options, profile=None)
+        return replace(options, profile=None) if self.is_rented else options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

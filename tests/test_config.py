@@ -315,6 +315,16 @@ def test_settings_themselves_do_not_look_around(monkeypatch: pytest.MonkeyPatch)
     assert Settings().limit is None
 
 
+@pytest.mark.parametrize(
+    ("cluster", "profile"),
+    [("local", "p"), ("tls://host:8786", "p"), ("ec2", None), ("team", None)],
+)
+def test_a_profile_is_not_for_rented_machines(cluster: str, profile: str | None) -> None:
+    settings = resolve({"cluster": cluster, "profile": "p"}).settings
+    assert settings.worker_store_options.profile == profile
+    assert settings.store_options.profile == "p"
+
+
 def test_store_options_hold_the_way_to_s3() -> None:
     flags = {"endpoint_url": "http://127.0.0.1:1", "profile": "p", "anonymous": True}
     options = resolve({**flags, "requester_pays": True}).settings.store_options
