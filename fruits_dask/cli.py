@@ -424,7 +424,7 @@ def up(call: Call) -> None:
     cluster = keep_ec2(settings, account, call.extras["name"], call.progress)
     typer.echo(
         f"{cluster.name} is rented in {cluster.region}: `run --cluster {cluster.name}` uses it; it "
-        f"ends after {settings.idle_timeout} without work, after {settings.max_hours:g} hours, "
+        f"ends after {settings.idle_timeout} without work, after {cluster.max_hours:g} hours, "
         f"or with `cluster down {cluster.name}`"
     )
 

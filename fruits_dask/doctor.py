@@ -87,15 +87,10 @@ def _addresses(settings: Settings) -> str:
 
 def _workers(settings: Settings) -> str:
     check_cluster(settings)
-    if settings.cluster == "ec2":
-        return find_capacity(settings, check_addresses(settings)).description
-    if settings.cluster != "local":
+    if settings.cluster not in ("local", "ec2"):
         return f"those at {settings.cluster}; a run checks their versions"
-    from .cluster.local import default_n_workers, memory_of_worker  # noqa: PLC0415
-
-    n_workers = settings.workers[1] if settings.workers else default_n_workers()
-    n_bytes = memory_of_worker(settings.memory_limit, n_workers)
-    return f"{n_workers} local processes with {n_bytes / 2**30:.1f} GiB each"
+    regions = check_addresses(settings) if settings.is_rented else {}
+    return find_capacity(settings, regions).description
 
 
 def _source(settings: Settings) -> str:

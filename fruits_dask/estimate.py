@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from .cluster import find_capacity
 from .config import Settings
 from .decode import decode
 from .errors import DecodeError, InputError
-from .featurize import check_engine, get_featurizer, install_network, prepare_network
+from .featurize import build_featurizer, prepare_network
 from .featurize.weights import load_weights
 from .pipeline import Outcome
 from .progress import Progress
@@ -103,12 +102,9 @@ def _try(
     settings: Settings, planned: Outcome, n_images: int, progress: Progress
 ) -> tuple[int, float]:
     """Count the photos that could be decoded, and the seconds of one of them."""
-    check_engine(settings.engine)
     weights = load_weights(weights_name(settings), settings.backbone, settings.store_options)
-    network = prepare_network(settings.engine, weights)
     spec = weights.spec(engine=settings.engine, precision=settings.precision, n_threads=1)
-    install_network(spec, hashlib.sha256(network).hexdigest(), network)
-    featurizer = get_featurizer(spec)
+    featurizer = build_featurizer(spec, prepare_network(settings.engine, weights))
     featurizer(np.zeros((8, spec.image_px, spec.image_px, 3), np.uint8))  # the first is slower
     paths = _some_paths(settings, planned, n_images)
     progress.start("estimate", total=len(paths), unit="images")

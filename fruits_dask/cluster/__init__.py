@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check_cluster", "find_capacity", "open_cluster"]
 
-_ADDRESS_PREFIXES = ("tcp://", "tls://")
 _SILENT = Silent()
 
 
@@ -37,7 +36,7 @@ def check_cluster(settings: Settings) -> None:
             f"--workers {settings.workers[0]}:{settings.workers[1]} is for --cluster ec2; give one "
             "number"
         )
-    if name == "local" or name.startswith(_ADDRESS_PREFIXES):
+    if not settings.is_rented:
         return
     if name != "ec2" and not is_kept(name):
         raise ConfigError(
@@ -109,14 +108,15 @@ def find_capacity(settings: Settings, regions: Mapping[str, str]) -> Capacity:
     """
     check_cluster(settings)
     if settings.cluster == "local":
-        from .local import default_n_workers  # noqa: PLC0415
+        from .local import default_n_workers, memory_of_worker  # noqa: PLC0415
 
         n_workers = settings.workers[1] if settings.workers else default_n_workers()
+        n_bytes = memory_of_worker(settings.memory_limit, n_workers)
         return Capacity(
             n_processes=n_workers,
             hourly=None,
             is_rented=False,
-            description=f"{n_workers} workers of this machine",
+            description=f"{n_workers} local processes with {n_bytes / 2**30:.1f} GiB each",
         )
     if settings.cluster == "ec2":
         from .ec2 import examine  # noqa: PLC0415
@@ -164,15 +164,12 @@ def open_cluster(
             memory_limit=settings.memory_limit,
             dashboard_address=settings.dashboard_address,
         )
-    if settings.cluster == "ec2":
-        from .ec2 import open_ec2  # noqa: PLC0415
+    if settings.is_rented:
+        from .ec2 import open_ec2, open_kept  # noqa: PLC0415
 
         region = rented_region(settings, regions or {})
-        return open_ec2(settings, region=region, progress=progress)
-    if not settings.cluster.startswith(_ADDRESS_PREFIXES):
-        from .ec2 import open_kept  # noqa: PLC0415
-
-        region = rented_region(settings, regions or {})
+        if settings.cluster == "ec2":
+            return open_ec2(settings, region=region, progress=progress)
         return open_kept(settings.cluster, settings, region=region)
     from .existing import open_existing  # noqa: PLC0415
 

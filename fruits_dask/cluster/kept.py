@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from distributed.security import Security
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
-_TLS = (
-    *("tls_ca_file", "tls_client_key", "tls_client_cert"),
-    *("tls_scheduler_key", "tls_scheduler_cert", "tls_worker_key", "tls_worker_cert"),
-)
+_TLS = ("tls_ca_file", "tls_client_key", "tls_client_cert")  # what a client shows and asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,12 +21,10 @@ from distributed.system import MEMORY_LIMIT
 
 from ..errors import ClusterError, ConfigError
 from ..residency import LOCAL
-from .workers import WORKER_SETTINGS, Workers
+from .workers import WORKER_BYTES, WORKER_SETTINGS, Workers
 
 logger = logging.getLogger(__name__)
 
-# TensorFlow with MobileNetV2 and a chunk of images takes about 1 GB.
-_WORKER_BYTES = 1.5 * 2**30
 _LEAST_BYTES = 1 * 2**30
 # One computes while the other reads, decodes and stores.
 _TASKS_AT_A_TIME = 2
@@ -35,7 +33,7 @@ _TASKS_AT_A_TIME = 2
 def default_n_workers() -> int:
     """Choose one worker for each core, as far as the memory allows."""
     available = min(MEMORY_LIMIT, psutil.virtual_memory().available)
-    return max(1, min(int(CPU_COUNT), int(available // _WORKER_BYTES)))
+    return max(1, min(int(CPU_COUNT), int(available // WORKER_BYTES)))
 
 
 @contextmanager

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+# TensorFlow with MobileNetV2 and a chunk of images takes about 1 GB.
+WORKER_BYTES = 1.5 * 2**30
 _POOL_BYTES = 64 * 2**20
 # Configuration of Dask under which the workers start.
 WORKER_SETTINGS = {

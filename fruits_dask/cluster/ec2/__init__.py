@@ -26,8 +26,8 @@ from ...records import Capacity
 from ..existing import connect
 from ..kept import KeptCluster, certificates, check_name, forget, load, save
 from ..versions import check_image, check_workers
-from ..workers import Workers
-from .account import CLUSTER_TAG, Account, Kind, Subnet, explain
+from ..workers import WORKER_BYTES, Workers
+from .account import CLUSTER_TAG, WORLD_BITS, Account, Kind, Subnet, explain
 from .costs import Budget, check_price, hourly_cost
 from .machines import DASHBOARD_PORT, Gate, Machines, Request
 from .spot import SpotWatch
@@ -37,10 +37,8 @@ __all__ = ["Account", "examine", "give_back", "keep_ec2", "open_ec2", "open_kept
 logger = logging.getLogger(__name__)
 
 _DEFAULT_WORKERS = (2, 2)
-_PROCESS_BYTES = 1.5 * 2**30
 _GIVE_BACK_SECONDS = 300.0
 _POLL_SECONDS = 1.0
-_WORLD_BITS = 8
 _LOOK_SECONDS = 10.0
 _DASHBOARD_URL = f"http://127.0.0.1:{DASHBOARD_PORT}, through the tunnel"
 _OWN_ADDRESS_URL = "https://checkip.amazonaws.com"
@@ -412,12 +410,12 @@ def _checked_image(image: str | None) -> str:
 
 def _n_processes(settings: Settings, kind: Kind) -> int:
     n_processes = settings.processes_per_worker or (1 if kind.n_gpus else kind.n_cores)
-    if n_processes * _PROCESS_BYTES > kind.memory_bytes:
-        fitting = int(kind.memory_bytes // _PROCESS_BYTES)
+    if n_processes * WORKER_BYTES > kind.memory_bytes:
+        fitting = int(kind.memory_bytes // WORKER_BYTES)
         advice = f"processes_per_worker = {fitting}, or " if fitting else ""
         raise ConfigError(
             f"{kind.name} has {kind.memory_bytes / 2**30:.1f} GiB, too little for {n_processes} "
-            f"worker processes of {_PROCESS_BYTES / 2**30:g} GiB; set {advice}an instance_type "
+            f"worker processes of {WORKER_BYTES / 2**30:g} GiB; set {advice}an instance_type "
             "with more memory"
         )
     return n_processes
@@ -437,7 +435,7 @@ def _client_cidr(settings: Settings, subnet: Subnet) -> str:
             found = IPv4Network(settings.client_cidr)
         except ValueError as exc:
             raise ConfigError(f"client_cidr = {settings.client_cidr!r}: {exc}") from exc
-        if found.prefixlen < _WORLD_BITS:
+        if found.prefixlen < WORLD_BITS:
             raise ConfigError(f"client_cidr = {settings.client_cidr} is most of the world")
         return str(found)
     if settings.use_private_ip:

@@ -25,14 +25,14 @@ CLUSTER_TAG = "fruits-dask:cluster"
 """Every resource that is rented carries it; its value is the name of the cluster."""
 
 SCHEDULER_PORT = 8786
+WORLD_BITS = 8
+"""A network with a shorter prefix is the world, however it is spelled."""
 
 _ALIVE = ("pending", "running", "shutting-down", "stopping", "stopped")
 _ENDED = ("shutting-down", "terminated", "stopping", "stopped")
 _NOT_ENDING = ("pending", "running", "stopping", "stopped")
 _POLL_SECONDS = 1.0
 _UNLISTED_SECONDS = 30.0
-# Addresses that are the world, however they are spelled.
-_WORLD_BITS = 8
 # What AWS answers, and what to do about it.
 _ADVICE = {
     "AuthFailure": "the keys are not valid; see `aws sts get-caller-identity`",
@@ -73,8 +73,6 @@ class Machine:
     """Its own name, which says whether it is the scheduler's."""
     state: str
     """``pending``, ``running``, ``shutting-down``, ``stopping`` or ``stopped``."""
-    address: str
-    """Private address, empty while there is none."""
     kind: str
     """Instance type."""
     started: str
@@ -359,7 +357,7 @@ class Account:
             for rule in group["IpPermissions"]:
                 ranges = [r["CidrIp"] for r in rule.get("IpRanges", [])]
                 ranges += [r["CidrIpv6"] for r in rule.get("Ipv6Ranges", [])]
-                too_wide = any(ip_network(r, strict=False).prefixlen < _WORLD_BITS for r in ranges)
+                too_wide = any(ip_network(r, strict=False).prefixlen < WORLD_BITS for r in ranges)
                 if too_wide or rule.get("PrefixListIds"):
                     raise ConfigError(
                         f"the security group {group['GroupId']} is open to the world on "
@@ -449,7 +447,6 @@ def _machine(found: dict[str, Any]) -> Machine:
         cluster=tags.get(CLUSTER_TAG, ""),
         name=tags.get("Name", ""),
         state=str(found["State"]["Name"]),
-        address=str(found.get("PrivateIpAddress", "")),
         kind=str(found["InstanceType"]),
         started=found["LaunchTime"].isoformat(timespec="seconds"),
     )

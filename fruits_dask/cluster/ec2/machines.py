@@ -110,7 +110,6 @@ class Gate:
         self._n_under_way = 0
         self._is_closed = False
         self._started: dict[str, float] = {}
-        self.n_requests = 0
 
     def enter(self) -> None:
         """Begin a request.
@@ -124,7 +123,6 @@ class Gate:
             if self._is_closed:
                 raise ClusterError("the cluster is being given back")
             self._n_under_way += 1
-            self.n_requests += 1
 
     def leave(self, answer: dict[str, Any] | None = None) -> None:
         """End a request, and note which machines it started."""
